@@ -1,0 +1,230 @@
+// Rows as the loops of _cpu.pyx see them: which kernel a row takes, what happens to its targets, and where the results
+// go. Compiled for the baseline processor; the arithmetic on whole rows is in rows_isa.cpp.
+#include "rows.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace dpo_fast {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const RowKernels kKernels;
+}
+namespace avx2 {
+extern const RowKernels kKernels;
+}
+#endif
+namespace portable {
+extern const RowKernels kKernels;
+}
+
+const RowKernels* compiled_kernels(int i) {
+  static const RowKernels* const list[] = {
+#if defined(__x86_64__)
+      &avx512::kKernels, &avx2::kKernels,
+#endif
+      &portable::kKernels, nullptr};
+  return list[i];
+}
+
+bool processor_supports(const RowKernels* kernels) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (kernels == &avx512::kKernels)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (kernels == &avx2::kKernels)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return kernels == &portable::kKernels;
+}
+
+void finish_rows_setup(Rows& rows) {
+  const LogitTransform& t = rows.transform;
+  rows.wide = rows.logit_type == kFloat64;
+  rows.logit_bytes = rows.wide ? 8 : rows.logit_type == kFloat32 ? 4 : 2;
+  rows.transform_kind = t.softcap > 0 ? kCapped : t.logit_scale / t.temperature != 1 ? kScaled : kPlain;
+}
+
+double load_float(const void* array, int64_t i, bool wide) {
+  return wide ? ((const double*)array)[i] : ((const float*)array)[i];
+}
+
+void store_float(void* array, int64_t i, double x, bool wide) {
+  if (wide)
+    ((double*)array)[i] = x;
+  else
+    ((float*)array)[i] = (float)x;
+}
+
+namespace {
+
+uint32_t float_bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+
+uint16_t to_bfloat16(float x) {
+  const uint32_t u = float_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+}
+
+uint16_t to_float16(float x) {
+  const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7e00;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00;
+  if (magnitude >= 0x38800000u) return sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13);
+  float m;  // subnormal: adding 0.5 rounds at half precision's last bit
+  memcpy(&m, &magnitude, sizeof m);
+  return sign | (float_bits(m + 0.5f) - 0x3f000000u);
+}
+
+void store_logit(void* p, int logit_type, double x) {
+  switch (logit_type) {
+    case kFloat32: *(float*)p = (float)x; break;
+    case kFloat64: *(double*)p = x; break;
+    case kBFloat16: *(uint16_t*)p = to_bfloat16((float)x); break;
+    case kFloat16: *(uint16_t*)p = to_float16((float)x); break;
+  }
+}
+
+const char* row_logits(const Rows& rows, int64_t row) {
+  const int64_t seq = row / rows.rows_per_seq, t = row % rows.rows_per_seq;
+  return rows.logits + (seq * rows.seq_stride + t * rows.row_stride) * rows.logit_bytes;
+}
+
+char* row_grad_logits(const Rows& rows, int64_t row, const GradTensor& out) {
+  const int64_t seq = row / rows.rows_per_seq, t = row % rows.rows_per_seq;
+  return out.data + (seq * out.seq_stride + t * out.row_stride) * rows.logit_bytes;
+}
+
+// The logit of token v in the shift domain.
+double logit_value(const Rows& rows, const char* x, int64_t v) {
+  return rows.kernels->value[rows.logit_type][rows.transform_kind](x + v * rows.vocab_stride * rows.logit_bytes,
+                                                                   rows.transform);
+}
+
+// The logit of token v itself.
+double raw_logit(const Rows& rows, const char* x, int64_t v) {
+  return rows.kernels->value[rows.logit_type][kPlain](x + v * rows.vocab_stride * rows.logit_bytes, rows.transform);
+}
+
+}  // namespace
+
+int row_state(const Rows& rows, int64_t row) {
+  if (rows.row_mask && !rows.row_mask[row]) return 0;
+  if (rows.weights && load_float(rows.weights, row, rows.wide) == 0) return 0;
+  const int64_t* targets = rows.targets + row * rows.n_targets;
+  for (int64_t k = 0; k < rows.n_targets; ++k) {
+    if (targets[k] == rows.ignore_index) return 0;
+    if (targets[k] < 0 || targets[k] >= rows.vocab) return (int)(-1 - k);
+  }
+  return 1;
+}
+
+void forward_piece(const Rows& rows, int64_t row, int64_t piece, bool extras, RowPart* part) {
+  const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
+  const char* x = row_logits(rows, row) + start * rows.vocab_stride * rows.logit_bytes;
+  *part = rows.kernels->forward[rows.logit_type][rows.transform_kind][extras](x, rows.vocab_stride, size,
+                                                                              rows.transform);
+  if (part->argmax >= 0) part->argmax += start;
+}
+
+void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const TokenArrays& out) {
+  const double unit = unit_scale(rows.transform);
+  RowPart total = empty_part();
+  for (int64_t i = 0; i < pieces_per_row(rows); ++i) merge_parts(total, parts[i], unit);
+  const char* x = row_logits(rows, row);
+  for (int64_t k = 0; k < rows.n_targets; ++k) {
+    const int64_t i = row * rows.n_targets + k, target = rows.targets[i];
+    store_float(out.logps, i, row_logp(total, logit_value(rows, x, target), unit), rows.wide);
+    if (out.is_top1) out.is_top1[i] = total.argmax == target && total.sum == total.sum;
+  }
+  store_float(out.stats, 2 * row, total.shift, rows.wide);
+  store_float(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
+  if (out.entropy) store_float(out.entropy, row, row_entropy(total), rows.wide);
+  if (out.mean_logits) store_float(out.mean_logits, row, total.sum_z / rows.vocab, rows.wide);
+  if (out.log_sum_sq_probs) store_float(out.log_sum_sq_probs, row, row_log_sum_sq_probs(total), rows.wide);
+}
+
+void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out) {
+  for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i) {
+    store_float(out.logps, i, 0, rows.wide);
+    if (out.is_top1) out.is_top1[i] = 0;
+  }
+  store_float(out.stats, 2 * row, 0, rows.wide);
+  store_float(out.stats, 2 * row + 1, 0, rows.wide);
+  if (out.entropy) store_float(out.entropy, row, 0, rows.wide);
+  if (out.mean_logits) store_float(out.mean_logits, row, 0, rows.wide);
+  if (out.log_sum_sq_probs) store_float(out.log_sum_sq_probs, row, 0, rows.wide);
+}
+
+void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArrays& saved, const TokenGrads& grads,
+                    const GradTensor& out) {
+  const int64_t start = piece * kPieceLogits, end = std::min(start + kPieceLogits, rows.vocab);
+  const int64_t n_targets = rows.n_targets;
+  const int64_t* targets = rows.targets + row * n_targets;
+  const char* x = row_logits(rows, row);
+  char* dx = row_grad_logits(rows, row, out);
+
+  auto target_grad_logp = [&](int64_t k) {
+    return (grads.row ? grads.row[row] : 0) + (grads.logps ? load_float(grads.logps, row * n_targets + k, rows.wide) : 0);
+  };
+  double row_grad_logp = 0;
+  for (int64_t k = 0; k < n_targets; ++k) row_grad_logp += target_grad_logp(k);
+  const double h = grads.entropy ? load_float(grads.entropy, row, rows.wide) : 0;
+  const double entropy = grads.entropy ? load_float(saved.entropy, row, rows.wide) : 0;
+  const RowGrad grad = row_grad(load_float(saved.stats, 2 * row, rows.wide),
+                                load_float(saved.stats, 2 * row + 1, rows.wide), entropy, row_grad_logp, h);
+
+  // The true-class terms, formed before the kernel may overwrite the logits they need. A target named several times
+  // is rounded once.
+  std::vector<std::pair<int64_t, double>> terms;
+  auto term = [&](int64_t k, double g) {
+    return target_grad(load_float(saved.logps, row * n_targets + k, rows.wide), g, row_grad_logp, entropy, h) *
+           (rows.transform_kind == kPlain ? 1 : transform_slope(rows.transform, raw_logit(rows, x, targets[k])));
+  };
+  std::pair<int64_t, double> single{-1, 0};
+  if (n_targets == 1) {
+    if (targets[0] >= start && targets[0] < end) single = {targets[0], term(0, row_grad_logp)};
+  } else {
+    std::vector<std::pair<int64_t, int64_t>> order;
+    for (int64_t k = 0; k < n_targets; ++k)
+      if (targets[k] >= start && targets[k] < end) order.push_back({targets[k], k});
+    std::sort(order.begin(), order.end());
+    for (size_t i = 0; i < order.size();) {
+      const auto [target, k] = order[i];
+      double g = 0;
+      for (; i < order.size() && order[i].first == target; ++i) g += target_grad_logp(order[i].second);
+      terms.push_back({target, term(k, g)});
+    }
+  }
+
+  rows.kernels->backward[rows.logit_type][rows.transform_kind][h != 0](
+      x + start * rows.vocab_stride * rows.logit_bytes, rows.vocab_stride,
+      dx + start * out.vocab_stride * rows.logit_bytes, out.vocab_stride, end - start, rows.transform, grad);
+
+  auto put = [&](const std::pair<int64_t, double>& t) {
+    store_logit(dx + t.first * out.vocab_stride * rows.logit_bytes, rows.logit_type, t.second);
+  };
+  if (single.first >= 0) put(single);
+  for (const auto& t : terms) put(t);
+}
+
+void zero_piece(const Rows& rows, int64_t row, int64_t piece, const GradTensor& out) {
+  const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
+  char* dx = row_grad_logits(rows, row, out) + start * out.vocab_stride * rows.logit_bytes;
+  if (out.vocab_stride == 1) {
+    memset(dx, 0, size * rows.logit_bytes);
+    return;
+  }
+  for (int64_t i = 0; i < size; ++i) memset(dx + i * out.vocab_stride * rows.logit_bytes, 0, rows.logit_bytes);
+}
+
+}  // namespace dpo_fast

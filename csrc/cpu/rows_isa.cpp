@@ -1,0 +1,284 @@
+// The SIMD row functions. setup.py compiles this file once per instruction set, with DPO_FAST_ISA naming it.
+#include "rows.h"
+#include "simd.h"
+
+namespace dpo_fast {
+namespace DPO_FAST_ISA {
+namespace {
+
+// A block stays in the first-level cache: it may be read twice, and sums in float cover at most one block.
+constexpr int64_t kBlockLogits = 2048;
+// Vectors per loop turn: independent accumulators hide the latency of the additions.
+constexpr int kUnroll = 4;
+// The shift follows the maximum only when it is passed by this much (in z): fewer restarts, and exp(kSlack) is far from
+// overflow. It stays small because the rounding of x - shift grows with it.
+constexpr double kSlack = 8;
+
+// The transform in the precision of the vectors.
+template <class V>
+struct Consts {
+  using Scalar = typename VecTraits<V>::Scalar;
+  V scale;                         // kScaled: from the shift domain to z
+  V pre, cap, post, slope;         // kCapped: u = x * pre, z = tanh(u) * post, dz/dx = slope * (1 - tanh(u)^2)
+  explicit Consts(const LogitTransform& t)
+      : scale(splat<V>((Scalar)(t.logit_scale / t.temperature))),
+        pre(splat<V>((Scalar)(t.softcap > 0 ? t.logit_scale / t.softcap : 0))),
+        post(splat<V>((Scalar)(t.softcap / t.temperature))),
+        slope(splat<V>((Scalar)(t.logit_scale / t.temperature))) {}
+};
+
+// Raw logit -> shift domain.
+template <TransformKind kKind, class V>
+DPO_FAST_INLINE V shift_domain(V x, const Consts<V>& c) {
+  if constexpr (kKind == kCapped) return hyperbolic_tangent(x * c.pre) * c.post;
+  return x;
+}
+
+// Difference in the shift domain -> difference in z.
+template <TransformKind kKind, class V>
+DPO_FAST_INLINE V to_z(V d, const Consts<V>& c) {
+  if constexpr (kKind == kScaled) return d * c.scale;
+  return d;
+}
+
+template <class V>
+struct BlockSums {
+  V sum[kUnroll], max[kUnroll], sum_ed[kUnroll], sum_sq[kUnroll], sum_z[kUnroll];
+};
+
+// Means are summed over z / 1024, so that logits near float's limit do not overflow a block's sum.
+constexpr double kMeanScale = 1024;
+
+template <class Io>
+constexpr int64_t kTurn = kUnroll / Io::kVectors * Io::kElements;
+
+// Adds one turn of kUnroll vectors. In the row's last turn (kTail) only the lanes that `inside` marks count.
+template <class Io, TransformKind kKind, bool kExtras, bool kTail>
+DPO_FAST_INLINE void forward_turn(const typename Io::Storage* x, const typename Io::Storage* inside,
+                                  typename Io::Vec shift, const Consts<typename Io::Vec>& c,
+                                  BlockSums<typename Io::Vec>& s) {
+  using V = typename Io::Vec;
+  V v[kUnroll], in[kUnroll];
+  for (int k = 0; k < kUnroll; k += Io::kVectors) {
+    Io::load(x + k / Io::kVectors * Io::kElements, v + k);
+    if constexpr (kTail) Io::load(inside + k / Io::kVectors * Io::kElements, in + k);
+  }
+  for (int k = 0; k < kUnroll; ++k) {
+    s.max[k] = maximum(v[k], s.max[k]);
+    const V y = shift_domain<kKind>(v[k], c);
+    V d = to_z<kKind>(y - shift, c);
+    if constexpr (kTail) d = in[k] > splat<V>(0) ? d : splat<V>(-INFINITY);
+    const V e = exponential<Io::kShortExp>(d);
+    s.sum[k] += e;
+    if constexpr (kExtras) {
+      // bounded below: 0 * -inf would be NaN
+      s.sum_ed[k] = multiply_add(e, maximum(splat<V>(kExpLow<V>), d), s.sum_ed[k]);
+      s.sum_sq[k] = multiply_add(e, e, s.sum_sq[k]);
+      V z = to_z<kKind>(y, c);
+      if constexpr (kTail) z = in[k] > splat<V>(0) ? z : splat<V>(0);
+      s.sum_z[k] = multiply_add(z, splat<V>(1 / kMeanScale), s.sum_z[k]);
+    }
+  }
+}
+
+// Sums over one block of n <= kBlockLogits contiguous logits relative to `shift`; max is of the raw logits.
+template <class Io, TransformKind kKind, bool kExtras>
+RowPart forward_block(const typename Io::Storage* x, int64_t n, double shift, const Consts<typename Io::Vec>& c) {
+  using V = typename Io::Vec;
+  using Scalar = typename VecTraits<V>::Scalar;
+  BlockSums<V> s;
+  for (int k = 0; k < kUnroll; ++k) {
+    s.sum[k] = s.sum_ed[k] = s.sum_sq[k] = s.sum_z[k] = splat<V>(0);
+    s.max[k] = splat<V>(-INFINITY);
+  }
+  // Before any finite logit every difference must be -inf or NaN, which 0 as shift gives.
+  const V vector_shift = splat<V>(shift == -INFINITY ? 0 : (Scalar)shift);
+  int64_t i = 0;
+  for (; i + kTurn<Io> <= n; i += kTurn<Io>)
+    forward_turn<Io, kKind, kExtras, false>(x + i, nullptr, vector_shift, c, s);
+  if (i < n) {
+    typename Io::Storage padded[kTurn<Io>], inside[kTurn<Io>];
+    for (int64_t j = 0; j < kTurn<Io>; ++j) {
+      padded[j] = j < n - i ? x[i + j] : x[i];  // a logit of the row leaves the maximum as it is
+      inside[j] = j < n - i ? Io::kOne : 0;
+    }
+    forward_turn<Io, kKind, kExtras, true>(padded, inside, vector_shift, c, s);
+  }
+  RowPart part = empty_part();
+  part.shift = shift;
+  part.sum = horizontal_sum((s.sum[0] + s.sum[1]) + (s.sum[2] + s.sum[3]));
+  part.max = horizontal_max(maximum(maximum(s.max[0], s.max[1]), maximum(s.max[2], s.max[3])));
+  if constexpr (kExtras) {
+    part.sum_ed = horizontal_sum((s.sum_ed[0] + s.sum_ed[1]) + (s.sum_ed[2] + s.sum_ed[3]));
+    part.sum_sq = horizontal_sum((s.sum_sq[0] + s.sum_sq[1]) + (s.sum_sq[2] + s.sum_sq[3]));
+    part.sum_z = kMeanScale * horizontal_sum((s.sum_z[0] + s.sum_z[1]) + (s.sum_z[2] + s.sum_z[3]));
+  }
+  return part;
+}
+
+// A logit as a raw number, and in the shift domain by the same arithmetic as the vectors.
+template <class Io>
+double raw_value(const typename Io::Storage* x) {
+  typename Io::Storage one[Io::kElements] = {*x};
+  typename Io::Vec v[Io::kVectors];
+  Io::load(one, v);
+  return v[0][0];
+}
+
+template <class Io, TransformKind kKind>
+double value(const void* x, const LogitTransform& transform) {
+  using V = typename Io::Vec;
+  typename Io::Storage one[Io::kElements] = {*(const typename Io::Storage*)x};
+  V v[Io::kVectors];
+  Io::load(one, v);
+  return shift_domain<kKind>(v[0], Consts<V>(transform))[0];
+}
+
+template <class Io>
+int64_t first_position(const typename Io::Storage* x, int64_t n, double max) {
+  for (int64_t i = 0; i < n; ++i)
+    if (raw_value<Io>(x + i) == max) return i;
+  return -1;  // a block of NaNs
+}
+
+template <class Storage>
+void gather(const Storage* x, int64_t stride, int64_t n, Storage* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i * stride];
+}
+
+template <class Io, TransformKind kKind, bool kExtras>
+RowPart forward(const void* logits, int64_t stride, int64_t n, const LogitTransform& transform) {
+  using Storage = typename Io::Storage;
+  using V = typename Io::Vec;
+  const Storage* x = (const Storage*)logits;
+  const Consts<V> c(transform);
+  const double unit = unit_scale(transform);
+  RowPart total = empty_part();
+  Storage packed[kBlockLogits];
+  for (int64_t start = 0; start < n; start += kBlockLogits) {
+    const int64_t size = n - start < kBlockLogits ? n - start : kBlockLogits;
+    const Storage* block = x + start * stride;
+    if (stride != 1) {
+      gather(block, stride, size, packed);
+      block = packed;
+    }
+    if (total.shift == -INFINITY) {  // a first guess, from a few logits
+      const int64_t few = size < 256 ? size : 256;
+      total.shift = forward_block<Io, kPlain, false>(block, few, 0, c).max;
+      if constexpr (kKind == kCapped) total.shift = shift_domain<kKind>(splat<V>(total.shift), c)[0];
+    }
+    RowPart part = forward_block<Io, kKind, kExtras>(block, size, total.shift, c);
+    double top = part.max;
+    if constexpr (kKind == kCapped) top = shift_domain<kKind>(splat<V>(top), c)[0];
+    if (top > total.shift + kSlack / unit) part = forward_block<Io, kKind, kExtras>(block, size, top, c);
+    if constexpr (kExtras)
+      if (part.max > total.max) part.argmax = start + first_position<Io>(block, size, part.max);
+    merge_parts(total, part, unit);
+  }
+  return total;
+}
+
+template <class Io, TransformKind kKind, bool kEntropy>
+DPO_FAST_INLINE void backward_turn(const typename Io::Storage* x, typename Io::Storage* dx,
+                                   const Consts<typename Io::Vec>& c, typename Io::Vec shift, typename Io::Vec coef,
+                                   typename Io::Vec entropy_coef, typename Io::Vec mean_d) {
+  using V = typename Io::Vec;
+  V v[kUnroll];
+  for (int k = 0; k < kUnroll; k += Io::kVectors) Io::load(x + k / Io::kVectors * Io::kElements, v + k);
+  for (int k = 0; k < kUnroll; ++k) {
+    V y, slope;
+    if constexpr (kKind == kCapped) {
+      const V u = hyperbolic_tangent(v[k] * c.pre);
+      y = u * c.post;
+      slope = c.slope - c.slope * u * u;
+    } else {
+      y = v[k];
+    }
+    const V d = to_z<kKind>(y - shift, c);
+    const V e = exponential<Io::kShortExp>(d);
+    V factor = coef;
+    if constexpr (kEntropy)
+      factor = multiply_add(entropy_coef, maximum(splat<V>(kExpLow<V>), d) - mean_d, coef);
+    V dz = e * factor;
+    if constexpr (kKind == kCapped) dz *= slope;
+    v[k] = dz;
+  }
+  for (int k = 0; k < kUnroll; k += Io::kVectors) Io::store(dx + k / Io::kVectors * Io::kElements, v + k);
+}
+
+template <class Io, TransformKind kKind, bool kEntropy>
+void backward(const void* logits, int64_t stride, void* grad_logits, int64_t dx_stride, int64_t n,
+              const LogitTransform& transform, const RowGrad& grad) {
+  using Storage = typename Io::Storage;
+  using V = typename Io::Vec;
+  using Scalar = typename VecTraits<V>::Scalar;
+  const Storage* x = (const Storage*)logits;
+  Storage* dx = (Storage*)grad_logits;
+  const Consts<V> c(transform);
+  // without a soft-cap dz/dx is one number, which the coefficients take in
+  const double slope = kKind == kScaled ? transform.logit_scale / transform.temperature : 1;
+  const V shift = splat<V>((Scalar)grad.shift);
+  const V coef = splat<V>((Scalar)(grad.coef * slope));
+  const V entropy_coef = splat<V>((Scalar)(grad.entropy_coef * slope));
+  const V mean_d = splat<V>((Scalar)grad.mean_d);
+  const bool contiguous = stride == 1 && dx_stride == 1;
+  Storage packed[kTurn<Io>];
+  int64_t i = 0;
+  if (contiguous)
+    for (; i + kTurn<Io> <= n; i += kTurn<Io>)
+      backward_turn<Io, kKind, kEntropy>(x + i, dx + i, c, shift, coef, entropy_coef, mean_d);
+  for (; i < n; i += kTurn<Io>) {  // the end of the row, and rows whose logits are not adjacent
+    const int64_t size = n - i < kTurn<Io> ? n - i : kTurn<Io>;
+    for (int64_t j = 0; j < kTurn<Io>; ++j) packed[j] = j < size ? x[(i + j) * stride] : 0;
+    backward_turn<Io, kKind, kEntropy>(packed, packed, c, shift, coef, entropy_coef, mean_d);
+    for (int64_t j = 0; j < size; ++j) dx[(i + j) * dx_stride] = packed[j];
+  }
+}
+
+void exp_float(const float* x, float* y, int64_t n, bool half) {
+  constexpr int kLanes = VecTraits<VecF>::kLanes;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t size = n - i < kLanes ? n - i : kLanes;
+    VecF v = splat<VecF>(0);
+    memcpy(&v, x + i, size * sizeof(float));
+    v = half ? exponential<true>(v) : exponential<false>(v);
+    memcpy(y + i, &v, size * sizeof(float));
+  }
+}
+
+void exp_double(const double* x, double* y, int64_t n) {
+  constexpr int kLanes = VecTraits<VecD>::kLanes;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t size = n - i < kLanes ? n - i : kLanes;
+    VecD v = splat<VecD>(0);
+    memcpy(&v, x + i, size * sizeof(double));
+    v = exponential<false>(v);
+    memcpy(y + i, &v, size * sizeof(double));
+  }
+}
+
+#define DPO_FAST_BY_KIND(function, Io) {function<Io, kPlain>, function<Io, kScaled>, function<Io, kCapped>}
+#define DPO_FAST_BY_KIND_AND_FLAG(function, Io)                                   \
+  {{function<Io, kPlain, false>, function<Io, kPlain, true>},                     \
+   {function<Io, kScaled, false>, function<Io, kScaled, true>},                   \
+   {function<Io, kCapped, false>, function<Io, kCapped, true>}}
+#define DPO_FAST_STRING_(x) #x
+#define DPO_FAST_STRING(x) DPO_FAST_STRING_(x)
+
+}  // namespace
+
+extern const RowKernels kKernels;
+const RowKernels kKernels = {
+    DPO_FAST_STRING(DPO_FAST_ISA),
+    {DPO_FAST_BY_KIND_AND_FLAG(forward, Float32), DPO_FAST_BY_KIND_AND_FLAG(forward, Float64),
+     DPO_FAST_BY_KIND_AND_FLAG(forward, BFloat16), DPO_FAST_BY_KIND_AND_FLAG(forward, Float16)},
+    {DPO_FAST_BY_KIND_AND_FLAG(backward, Float32), DPO_FAST_BY_KIND_AND_FLAG(backward, Float64),
+     DPO_FAST_BY_KIND_AND_FLAG(backward, BFloat16), DPO_FAST_BY_KIND_AND_FLAG(backward, Float16)},
+    {DPO_FAST_BY_KIND(value, Float32), DPO_FAST_BY_KIND(value, Float64), DPO_FAST_BY_KIND(value, BFloat16),
+     DPO_FAST_BY_KIND(value, Float16)},
+    exp_float,
+    exp_double,
+};
+
+}  // namespace DPO_FAST_ISA
+}  // namespace dpo_fast

@@ -1,0 +1,325 @@
+// Vectors of float and double for one instruction set, and the few functions on them that the row kernels need.
+//
+// Written with the vector extensions of GCC and Clang, so that the same source is SSE2, AVX2+FMA, AVX-512 or NEON by
+// compiler flags; intrinsics stand only where the generic form compiles to something slower. Included by rows_isa.cpp
+// alone: everything here is private to the object compiled for that instruction set (no std:: templates, which the
+// linker could share with objects that must run on older processors).
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace dpo_fast {
+namespace DPO_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecL __attribute__((vector_size(kVectorBytes)));
+
+#define DPO_FAST_INLINE static inline __attribute__((always_inline))
+
+template <class V>
+struct VecTraits;
+template <>
+struct VecTraits<VecF> {
+  using Scalar = float;
+  static constexpr int kLanes = kVectorBytes / 4;
+};
+template <>
+struct VecTraits<VecD> {
+  using Scalar = double;
+  static constexpr int kLanes = kVectorBytes / 8;
+};
+
+template <class V>
+DPO_FAST_INLINE V splat(typename VecTraits<V>::Scalar x) {
+  return x - V{};  // x - 0 keeps the sign of zero and NaNs
+}
+
+template <class V>
+DPO_FAST_INLINE V load_vector(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+DPO_FAST_INLINE void store_vector(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// a * b + c, in one rounding where the instruction set has it.
+DPO_FAST_INLINE VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__) && defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+DPO_FAST_INLINE VecD multiply_add(VecD a, VecD b, VecD c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__) && defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
+// x > y ? x : y. A NaN in x gives y: maxima pass over NaNs.
+DPO_FAST_INLINE VecF maximum(VecF x, VecF y) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(x, y);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(x, y);
+#elif defined(__SSE2__)
+  return _mm_max_ps(x, y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+DPO_FAST_INLINE VecD maximum(VecD x, VecD y) {
+#if defined(__AVX512F__)
+  return _mm512_max_pd(x, y);
+#elif defined(__AVX2__)
+  return _mm256_max_pd(x, y);
+#elif defined(__SSE2__)
+  return _mm_max_pd(x, y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+// v where d >= low or d is NaN, 0 where d < low.
+DPO_FAST_INLINE VecF zero_below(VecF v, VecF d, VecF low) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(d, low, _CMP_NLT_UQ), v);
+#else
+  return (VecF)((VecI)v & ~(d < low));
+#endif
+}
+
+DPO_FAST_INLINE VecD zero_below(VecD v, VecD d, VecD low) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(d, low, _CMP_NLT_UQ), v);
+#else
+  return (VecD)((VecL)v & ~(d < low));
+#endif
+}
+
+template <class V>
+DPO_FAST_INLINE typename VecTraits<V>::Scalar horizontal_sum(V v) {
+  typename VecTraits<V>::Scalar s = 0;
+  for (int i = 0; i < VecTraits<V>::kLanes; ++i) s += v[i];
+  return s;
+}
+
+template <class V>
+DPO_FAST_INLINE typename VecTraits<V>::Scalar horizontal_max(V v) {
+  typename VecTraits<V>::Scalar m = v[0];
+  for (int i = 1; i < VecTraits<V>::kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// Polynomials by Horner's rule, highest coefficient first.
+template <class V>
+DPO_FAST_INLINE V polynomial(V, V acc) {
+  return acc;
+}
+template <class V, class... Rest>
+DPO_FAST_INLINE V polynomial(V x, V acc, typename VecTraits<V>::Scalar next, Rest... rest) {
+  return polynomial(x, multiply_add(acc, x, splat<V>(next)), rest...);
+}
+
+// Below this exp is taken as 0: 2^n would leave the normal numbers.
+template <class V>
+constexpr typename VecTraits<V>::Scalar kExpLow = -87.0f;
+template <>
+constexpr double kExpLow<VecD> = -708.0;
+
+// exp(d) for d <= 80, 0 below kExpLow, NaN for NaN.
+//
+// exp(d) = 2^n e^r, n = round(d / ln 2), |r| <= ln 2 / 2. Adding 1.5 * 2^23 + 127 rounds to an integer and leaves the
+// biased exponent of 2^n in the low bits. The polynomials are minimax fits of e^r - 1 - r in relative error, found by
+// Remez exchange: 3.1e-9 (degree 6) and 5.4e-6 (degree 4: kShort, for half-precision logits, whose own rounding is
+// 2^-9 or 2^-12). Without FMA, n * ln 2 is taken off in two steps, the first exact.
+template <bool kShort>
+DPO_FAST_INLINE VecF exponential(VecF d) {
+  const float kMagic = 12582912.0f + 127.0f;
+  const VecF y = multiply_add(d, splat<VecF>(1.44269504088896341f), splat<VecF>(kMagic));
+  const VecF n = y - splat<VecF>(kMagic);
+  VecF r;
+  if constexpr (kHasFma) {
+    r = multiply_add(n, splat<VecF>(-0.693147180559945309f), d);
+  } else {
+    r = (d - n * splat<VecF>(0.693359375f)) + n * splat<VecF>(2.12194440054690583e-4f);
+  }
+  VecF p;
+  if constexpr (kShort) {
+    p = polynomial(r, splat<VecF>(0.0412776729808936973f), 0.167535312609709913f, 0.500051180328715057f, 1.0f, 1.0f);
+  } else {
+    p = polynomial(r, splat<VecF>(0.00138145986466640345f), 0.00836871687972813995f, 0.0416683880453139967f,
+                   0.166665206317094969f, 0.499999934477964868f, 1.0f, 1.0f);
+  }
+  const VecF power = (VecF)((VecU)y << 23);
+  return zero_below(p * power, d, splat<VecF>(kExpLow<VecF>));
+}
+
+// The same in double precision (degree 12, 5.4e-20).
+template <bool kShort>
+DPO_FAST_INLINE VecD exponential(VecD d) {
+  const double kMagic = 6755399441055744.0 + 1023.0;
+  const VecD y = multiply_add(d, splat<VecD>(1.442695040888963407), splat<VecD>(kMagic));
+  const VecD n = y - splat<VecD>(kMagic);
+  // ln 2 in two parts, the first with 21 trailing zero bits, so that n times it is exact.
+  VecD r = multiply_add(n, splat<VecD>(-0.693147180369123816490), d);
+  r = multiply_add(n, splat<VecD>(-1.90821492927058770002e-10), r);
+  const VecD p = polynomial(r, splat<VecD>(2.08266236276164033e-9), 2.51120367668376367e-8, 2.75575818593379412e-7,
+                            2.75572348621610978e-6, 2.48015869266205751e-5, 1.98412698963835372e-4,
+                            1.3888888889115634e-3, 8.33333333331703438e-3, 0.0416666666666660943,
+                            0.166666666666666834, 0.500000000000000004, 1.0, 1.0);
+  const VecD power = (VecD)((VecL)y << 52);
+  return zero_below(p * power, d, splat<VecD>(kExpLow<VecD>));
+}
+
+// tanh(u): below 0.625 an odd polynomial (relative error 4.4e-9), which keeps small arguments exact; above it
+// 1 - 2 / (exp(2|u|) + 1).
+DPO_FAST_INLINE VecF hyperbolic_tangent(VecF u) {
+  const VecI sign = (VecI)u & (VecI)splat<VecF>(-0.0f);
+  const VecF a = (VecF)((VecI)u ^ sign);
+  const VecF t = u * u;
+  const VecF q = polynomial(t, splat<VecF>(-0.00570498699345520288f), 0.0206390872447291735f, -0.0537397150858249591f,
+                            0.133314421981758076f, -0.33333281942012773f);
+  const VecF small = multiply_add(u * t, q, u);
+  // beyond 10, tanh is 1 to float's last bit; a NaN passes the comparison
+  const VecF bounded = a > splat<VecF>(10.0f) ? splat<VecF>(10.0f) : a;
+  const VecF e = exponential<false>(bounded + bounded);
+  const VecF large = splat<VecF>(1.0f) - splat<VecF>(2.0f) / (e + splat<VecF>(1.0f));
+  return a < splat<VecF>(0.625f) ? small : (VecF)((VecI)large | sign);
+}
+
+DPO_FAST_INLINE VecD hyperbolic_tangent(VecD u) {
+  VecD t;
+  for (int i = 0; i < VecTraits<VecD>::kLanes; ++i) t[i] = tanh(u[i]);
+  return t;
+}
+
+// How each type of logits is read into, and written from, vectors. One step covers kElements consecutive elements and
+// gives kVectors vectors; which lane holds which element is the type's own affair, the same for load and store.
+struct Float32 {
+  using Storage = float;
+  using Vec = VecF;
+  static constexpr int kVectors = 1, kElements = VecTraits<VecF>::kLanes;
+  static constexpr Storage kOne = 1.0f;
+  static constexpr bool kShortExp = false;
+  DPO_FAST_INLINE void load(const Storage* p, Vec* v) { v[0] = load_vector<VecF>(p); }
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) { store_vector(p, v[0]); }
+};
+
+struct Float64 {
+  using Storage = double;
+  using Vec = VecD;
+  static constexpr int kVectors = 1, kElements = VecTraits<VecD>::kLanes;
+  static constexpr Storage kOne = 1.0;
+  static constexpr bool kShortExp = false;
+  DPO_FAST_INLINE void load(const Storage* p, Vec* v) { v[0] = load_vector<VecD>(p); }
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) { store_vector(p, v[0]); }
+};
+
+// Two bfloat16 share a 32-bit lane: the even elements go to one vector, the odd ones to the other, without a shuffle.
+struct BFloat16 {
+  using Storage = uint16_t;
+  using Vec = VecF;
+  static constexpr int kVectors = 2, kElements = 2 * VecTraits<VecF>::kLanes;
+  static constexpr Storage kOne = 0x3f80;
+  static constexpr bool kShortExp = true;
+  DPO_FAST_INLINE void load(const Storage* p, Vec* v) {
+    const VecU w = load_vector<VecU>(p);
+    v[0] = (VecF)(w << 16);
+    v[1] = (VecF)(w & 0xffff0000u);
+  }
+  // Round to nearest even. A NaN made from bfloat16 input has no low bits set, so the addition cannot carry it away.
+  DPO_FAST_INLINE VecU round(VecF v) {
+    const VecU u = (VecU)v;
+    return u + ((u >> 16) & 1) + 0x7fffu;
+  }
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) {
+    store_vector(p, (round(v[0]) >> 16) | (round(v[1]) & 0xffff0000u));
+  }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  using Vec = VecF;
+  static constexpr int kVectors = 1, kElements = VecTraits<VecF>::kLanes;
+  static constexpr Storage kOne = 0x3c00;
+  static constexpr bool kShortExp = true;
+#if defined(__AVX512F__)
+  DPO_FAST_INLINE void load(const Storage* p, Vec* v) { v[0] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v[0], _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__) && defined(__AVX2__)
+  DPO_FAST_INLINE void load(const Storage* p, Vec* v) { v[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v[0], _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  typedef uint16_t VecH __attribute__((vector_size(kVectorBytes / 2)));
+  // The exponent is moved by a multiplication by 2^112, which is exact and also normalises subnormal numbers.
+  DPO_FAST_INLINE void load(const Storage* p, Vec* v) {
+    const VecU h = __builtin_convertvector(load_vector<VecH>(p), VecU);
+    const VecU magnitude = (h & 0x7fffu) << 13;
+    const VecF scaled = (VecF)magnitude * splat<VecF>(5.192296858534828e33f);
+    const VecU special = (VecU)(magnitude >= 0x0f800000u);  // infinity and NaN
+    v[0] = (VecF)(((VecU)scaled & ~special) | ((magnitude | 0x7f800000u) & special) | ((h & 0x8000u) << 16));
+  }
+  // Round to nearest even, as the F16C instruction does.
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) {
+    const VecU u = (VecU)v[0];
+    const VecU magnitude = u & 0x7fffffffu;
+    // normal: rebias the exponent by -112 and round at bit 13
+    const VecU normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+    // subnormal: adding 0.5 aligns the value's last half-precision bit with float's last bit and rounds there
+    const VecU subnormal = (VecU)((VecF)magnitude + splat<VecF>(0.5f)) - 0x3f000000u;
+    VecU h = magnitude < 0x38800000u ? subnormal : normal;
+    h = magnitude >= 0x477ff000u ? (VecU)splat<VecF>(0.0f) + 0x7c00u : h;  // rounds to infinity
+    h = magnitude > 0x7f800000u ? (VecU)splat<VecF>(0.0f) + 0x7e00u : h;   // NaN
+    store_vector(p, __builtin_convertvector(h | ((u >> 16) & 0x8000u), VecH));
+  }
+#endif
+};
+
+}  // namespace DPO_FAST_ISA
+}  // namespace dpo_fast

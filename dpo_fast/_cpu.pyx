@@ -1,0 +1,556 @@
+# cython: language_level=3
+# distutils: language = c++
+"""The CPU kernels: parallel loops over rows, sequences and pairs around the row functions of csrc/cpu.
+
+Each entry is one fused operation: `token_forward` stops at token log-probs, `sequence_forward` at sequence log-probs,
+`dpo_forward` at the loss and its derivatives, all in one call; `backward` goes from incoming gradients at any of these
+levels to the gradient of the logits in another.
+
+Arrays come as addresses (0: absent) with sizes, so that torch tensors and NumPy arrays take the same path and no torch
+symbol is needed. The callers (dpo_fast/ops.py, dpo_fast/numpy.py) have checked shapes and types; what depends on
+values (targets, pairs, cu_seqlens) is checked here, before anything is read or written through it. Float arrays beside
+the logits are float32, or float64 when the logits are; integers are int64; all of them contiguous.
+
+`rows` is (logit_type, logits, seq_stride, row_stride, vocab_stride, n_seqs, rows_per_seq, vocab, targets, n_targets,
+row_mask, weights, ignore_index, logit_scale, temperature, softcap), strides in elements, softcap 0 for none; packed
+rows are one sequence of n_rows. `seqs` is (cu_seqlens, n_seqs, average). `loss` is (pairs, n_pairs, loss_type, beta,
+label_smoothing, mean): pairs 0 means first half chosen, second half rejected; mean: reduce by mean, else by sum.
+"""
+
+from cython.parallel cimport prange
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from libc.stdlib cimport free, malloc
+
+
+cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
+    cdef struct LogitTransform:
+        double logit_scale, temperature, softcap
+
+    cdef struct RowPart:
+        pass
+
+    cdef struct RowKernels:
+        const char* isa
+        void (*exp_float)(const float*, float*, int64_t, bint)
+        void (*exp_double)(const double*, double*, int64_t)
+
+    cdef struct Rows:
+        const RowKernels* kernels
+        char* logits
+        const int64_t* targets
+        const uint8_t* row_mask
+        const void* weights
+        LogitTransform transform
+        int64_t seq_stride, row_stride, vocab_stride
+        int64_t rows_per_seq, n_rows, vocab, n_targets, ignore_index
+        int logit_type
+        bint wide
+
+    cdef struct TokenArrays:
+        void* logps
+        void* stats
+        void* entropy
+        void* mean_logits
+        uint8_t* is_top1
+        void* log_sum_sq_probs
+
+    cdef struct TokenGrads:
+        const void* logps
+        const void* entropy
+        const double* row
+
+    cdef struct GradTensor:
+        char* data
+        int64_t seq_stride, row_stride, vocab_stride
+
+    const RowKernels* compiled_kernels(int)
+    bint processor_supports(const RowKernels*)
+    int64_t pieces_per_row(const Rows&)
+    void finish_rows_setup(Rows&)
+    double load_float(const void*, int64_t, bint)
+    void store_float(void*, int64_t, double, bint)
+    int row_state(const Rows&, int64_t)
+    void forward_piece(const Rows&, int64_t, int64_t, bint, RowPart*)
+    void finish_row(const Rows&, int64_t, const RowPart*, const TokenArrays&)
+    void finish_ignored_row(const Rows&, int64_t, const TokenArrays&)
+    void backward_piece(const Rows&, int64_t, int64_t, const TokenArrays&, const TokenGrads&, const GradTensor&)
+    void zero_piece(const Rows&, int64_t, int64_t, const GradTensor&)
+
+
+cdef extern from "preference_loss.h" namespace "dpo_fast" nogil:
+    cdef struct LossOptions:
+        int loss_type
+        double beta, label_smoothing
+
+    cdef struct PairLoss:
+        double loss, d_chosen, d_rejected
+
+    PairLoss preference_loss(double, double, const LossOptions&)
+
+
+cdef struct Sequences:
+    const int64_t* cu_seqlens
+    int64_t n_seqs
+    bint average
+
+
+cdef struct Pairs:
+    const int64_t* pairs
+    int64_t n_pairs
+    LossOptions options
+    bint mean
+
+
+# Below this many logits a second thread costs more than it saves (docs/performance.md).
+cdef int64_t kSerialLogits = 1 << 16
+# A thread takes about this many logits at a time.
+cdef int64_t kTaskLogits = 1 << 15
+
+cdef const RowKernels* kernels = NULL
+cdef bint forked = False
+
+
+def after_fork_in_child():
+    """OpenMP's threads do not live on in a forked child: work there in the calling thread."""
+    global forked
+    forked = True
+
+
+def isas():
+    """Names of the compiled instruction sets, widest first, and whether this processor runs each."""
+    cdef int i = 0
+    result = []
+    while compiled_kernels(i) != NULL:
+        result.append((compiled_kernels(i).isa.decode(), bool(processor_supports(compiled_kernels(i)))))
+        i += 1
+    return result
+
+
+def set_isa(str name):
+    """Chooses the instruction set; None takes the widest that this processor runs.
+
+    Raises:
+        ValueError: the set is not compiled in, or this processor does not have it.
+    """
+    global kernels
+    cdef const RowKernels* candidate
+    cdef int i = 0
+    while compiled_kernels(i) != NULL:
+        candidate = compiled_kernels(i)
+        if processor_supports(candidate) and (name is None or candidate.isa.decode() == name):
+            kernels = candidate
+            return
+        i += 1
+    raise ValueError(f"instruction set {name!r} cannot be used here; compiled, and supported by this processor: {isas()}")
+
+
+def isa():
+    """The instruction set in use."""
+    return kernels.isa.decode()
+
+
+def exp_float(uintptr_t x, uintptr_t y, int64_t n, bint half):
+    """y = exp(x) for n floats at addresses x and y, as the kernels compute it (half: for half-precision logits)."""
+    kernels.exp_float(<const float*>x, <float*>y, n, half)
+
+
+def exp_double(uintptr_t x, uintptr_t y, int64_t n):
+    """y = exp(x) for n doubles at addresses x and y, as the kernels compute it."""
+    kernels.exp_double(<const double*>x, <double*>y, n)
+
+
+cdef void* allocate(int64_t count, size_t size) except NULL:
+    cdef void* p = malloc((count if count > 0 else 1) * size)
+    if p == NULL:
+        raise MemoryError(f"no memory for {count * <int64_t>size} bytes of scratch space")
+    return p
+
+
+cdef Rows make_rows(tuple spec) except *:
+    cdef Rows rows
+    cdef int64_t n_seqs
+    cdef uintptr_t logits, targets, row_mask, weights
+    (rows.logit_type, logits, rows.seq_stride, rows.row_stride, rows.vocab_stride, n_seqs, rows.rows_per_seq,
+     rows.vocab, targets, rows.n_targets, row_mask, weights, rows.ignore_index, rows.transform.logit_scale,
+     rows.transform.temperature, rows.transform.softcap) = spec
+    rows.n_rows = n_seqs * rows.rows_per_seq
+    if rows.n_rows > 0 and (logits == 0 or targets == 0):
+        raise ValueError("logits and targets have no memory (a fake or meta tensor?)")
+    rows.logits = <char*>logits
+    rows.targets = <const int64_t*>targets
+    rows.row_mask = <const uint8_t*>row_mask
+    rows.weights = <const void*>weights
+    rows.kernels = kernels
+    finish_rows_setup(rows)
+    return rows
+
+
+cdef Sequences make_seqs(tuple spec, const Rows* rows) except *:
+    cdef Sequences seqs
+    cdef uintptr_t cu_seqlens
+    cdef int64_t s
+    cu_seqlens, seqs.n_seqs, seqs.average = spec
+    seqs.cu_seqlens = <const int64_t*>cu_seqlens
+    if seqs.cu_seqlens != NULL:
+        if seqs.cu_seqlens[0] != 0:
+            raise ValueError(f"cu_seqlens[0] must be 0, found {seqs.cu_seqlens[0]}")
+        for s in range(seqs.n_seqs):
+            if seqs.cu_seqlens[s + 1] < seqs.cu_seqlens[s]:
+                raise ValueError(
+                    f"cu_seqlens must not decrease: cu_seqlens[{s + 1}] = {seqs.cu_seqlens[s + 1]} follows "
+                    f"{seqs.cu_seqlens[s]}"
+                )
+        if seqs.cu_seqlens[seqs.n_seqs] != rows.n_rows:
+            raise ValueError(
+                f"cu_seqlens[{seqs.n_seqs}] must be the number of rows, {rows.n_rows}, found "
+                f"{seqs.cu_seqlens[seqs.n_seqs]}"
+            )
+    return seqs
+
+
+cdef Pairs make_pairs(tuple spec, int64_t n_seqs) except *:
+    cdef Pairs pairs
+    cdef uintptr_t address
+    cdef int64_t i
+    (address, pairs.n_pairs, pairs.options.loss_type, pairs.options.beta, pairs.options.label_smoothing,
+     pairs.mean) = spec
+    pairs.pairs = <const int64_t*>address
+    if pairs.pairs != NULL:
+        for i in range(2 * pairs.n_pairs):
+            if pairs.pairs[i] < 0 or pairs.pairs[i] >= n_seqs:
+                raise IndexError(f"pairs[{i // 2}, {i % 2}] = {pairs.pairs[i]} is outside [0, {n_seqs})")
+    return pairs
+
+
+cdef inline int64_t seq_start(const Sequences* seqs, const Rows* rows, int64_t s) noexcept nogil:
+    return seqs.cu_seqlens[s] if seqs.cu_seqlens != NULL else s * rows.rows_per_seq
+
+
+cdef inline int64_t chosen_of(const Pairs* pairs, int64_t p) noexcept nogil:
+    return pairs.pairs[2 * p] if pairs.pairs != NULL else p
+
+
+cdef inline int64_t rejected_of(const Pairs* pairs, int64_t p) noexcept nogil:
+    return pairs.pairs[2 * p + 1] if pairs.pairs != NULL else p + pairs.n_pairs
+
+
+cdef int threads_for(int64_t logits, int threads) noexcept nogil:
+    return 1 if forked or logits < kSerialLogits else threads
+
+
+cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
+    cdef int64_t seq = row // rows.rows_per_seq
+    place = [row % rows.rows_per_seq]
+    if seq > 0 or rows.rows_per_seq < rows.n_rows:
+        place.insert(0, seq)
+    if rows.n_targets > 1:
+        place.append(k)
+    raise IndexError(
+        f"target {rows.targets[row * rows.n_targets + k]} at position {place} is outside [0, {rows.vocab}) and is not "
+        f"ignore_index"
+    )
+
+
+cdef int64_t find_kept(const Rows* rows, int64_t* kept) except -1:
+    """Writes the numbers of the rows that count, returns how many they are.
+
+    Raises:
+        IndexError: a target outside the vocabulary.
+    """
+    cdef int64_t row, n_kept = 0
+    cdef int state
+    for row in range(rows.n_rows):
+        state = row_state(rows[0], row)
+        if state < 0:
+            raise_bad_target(rows, row, -1 - state)
+        if state > 0:
+            kept[n_kept] = row
+            n_kept += 1
+    return n_kept
+
+
+cdef void forward_rows(
+    const Rows* rows, const int64_t* kept, int64_t n_kept, RowPart* parts, const TokenArrays* out, int threads
+) noexcept nogil:
+    cdef bint extras = (
+        out.entropy != NULL or out.mean_logits != NULL or out.is_top1 != NULL or out.log_sum_sq_probs != NULL
+    )
+    cdef int64_t pieces = pieces_per_row(rows[0])
+    cdef int64_t unit, i, row, next_kept = 0
+    cdef int64_t chunk = kTaskLogits // rows.vocab + 1
+    for unit in prange(n_kept * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
+        forward_piece(rows[0], kept[unit // pieces], unit % pieces, extras, &parts[unit])
+    for i in range(n_kept):
+        finish_row(rows[0], kept[i], &parts[i * pieces], out[0])
+    for row in range(rows.n_rows):
+        if next_kept < n_kept and kept[next_kept] == row:
+            next_kept += 1
+        else:
+            finish_ignored_row(rows[0], row, out[0])
+
+
+cdef int run_forward(const Rows* rows, const TokenArrays* out, int threads) except -1:
+    cdef int64_t* kept = <int64_t*>allocate(rows.n_rows, sizeof(int64_t))
+    cdef RowPart* parts = NULL
+    cdef int64_t n_kept
+    try:
+        n_kept = find_kept(rows, kept)
+        parts = <RowPart*>allocate(n_kept * pieces_per_row(rows[0]), sizeof(RowPart))
+        with nogil:
+            forward_rows(rows, kept, n_kept, parts, out, threads_for(n_kept * rows.vocab, threads))
+    finally:
+        free(parts)
+        free(kept)
+    return 0
+
+
+cdef void backward_rows(
+    const Rows* rows, const TokenArrays* saved, const TokenGrads* grads, const GradTensor* out, int threads
+) noexcept nogil:
+    cdef int64_t pieces = pieces_per_row(rows[0])
+    cdef int64_t unit
+    cdef int64_t chunk = kTaskLogits // rows.vocab + 1
+    for unit in prange(rows.n_rows * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
+        if row_state(rows[0], unit // pieces) > 0:
+            backward_piece(rows[0], unit // pieces, unit % pieces, saved[0], grads[0], out[0])
+        else:
+            zero_piece(rows[0], unit // pieces, unit % pieces, out[0])
+
+
+cdef double weight_sum(const Rows* rows, const Sequences* seqs, int64_t s) noexcept nogil:
+    """What `average` divides by: the weights of the sequence's rows that count."""
+    cdef int64_t row
+    cdef double total = 0
+    for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
+        if row_state(rows[0], row) > 0:
+            total += load_float(rows.weights, row, rows.wide) if rows.weights != NULL else 1
+    return total
+
+
+cdef void sum_sequences(
+    const Rows* rows, const Sequences* seqs, const void* token_logps, double* seq_logps
+) noexcept nogil:
+    """seq_logps[s] = sum_n w_n logp_n, over sum_n w_n for `average`; 0 for a sequence without rows that count."""
+    cdef int64_t s, row
+    cdef double total, logp, norm
+    for s in range(seqs.n_seqs):
+        total = 0
+        for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
+            if row_state(rows[0], row) > 0:
+                logp = load_float(token_logps, row, rows.wide)
+                total += logp * load_float(rows.weights, row, rows.wide) if rows.weights != NULL else logp
+        if seqs.average:
+            norm = weight_sum(rows, seqs, s)
+            total = total / norm if norm != 0 else 0
+        seq_logps[s] = total
+
+
+cdef void spread_to_rows(
+    const Rows* rows, const Sequences* seqs, const double* grad_seq, double* grad_rows
+) noexcept nogil:
+    """grad_rows[n] = w_n grad_seq[s(n)], over sum_n w_n for `average`."""
+    cdef int64_t s, row
+    cdef double g, norm
+    for s in range(seqs.n_seqs):
+        g = grad_seq[s]
+        if seqs.average:
+            norm = weight_sum(rows, seqs, s)
+            g = g / norm if norm != 0 else 0
+        for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
+            grad_rows[row] = g * load_float(rows.weights, row, rows.wide) if rows.weights != NULL else g
+
+
+cdef void pair_losses(
+    const Pairs* pairs, const double* logps, const void* ref_logps, bint wide, void* loss, void* losses,
+    void* chosen_rewards, void* rejected_rewards, double* pair_grads,
+) noexcept nogil:
+    cdef int64_t p, c, d
+    cdef double lr_chosen, lr_rejected, total = 0
+    cdef PairLoss pair
+    for p in range(pairs.n_pairs):
+        c = chosen_of(pairs, p)
+        d = rejected_of(pairs, p)
+        lr_chosen = logps[c]
+        lr_rejected = logps[d]
+        if ref_logps != NULL:
+            lr_chosen -= load_float(ref_logps, c, wide)
+            lr_rejected -= load_float(ref_logps, d, wide)
+        pair = preference_loss(lr_chosen, lr_rejected, pairs.options)
+        total += pair.loss
+        store_float(losses, p, pair.loss, wide)
+        store_float(chosen_rewards, p, pairs.options.beta * lr_chosen, wide)
+        store_float(rejected_rewards, p, pairs.options.beta * lr_rejected, wide)
+        pair_grads[2 * p] = pair.d_chosen
+        pair_grads[2 * p + 1] = pair.d_rejected
+    store_float(loss, 0, total / pairs.n_pairs if pairs.mean else total, wide)
+
+
+cdef void pair_grads_to_seqs(
+    const Pairs* pairs, const double* pair_grads, const void* grad_loss, const void* grad_losses,
+    const void* grad_logps, int64_t n_seqs, bint wide, double* grad_seq,
+) noexcept nogil:
+    cdef int64_t s, p
+    cdef double g, common = 0
+    for s in range(n_seqs):
+        grad_seq[s] = load_float(grad_logps, s, wide) if grad_logps != NULL else 0
+    if grad_loss != NULL:
+        common = load_float(grad_loss, 0, wide)
+        if pairs.mean:
+            common /= pairs.n_pairs
+    for p in range(pairs.n_pairs):
+        g = common + (load_float(grad_losses, p, wide) if grad_losses != NULL else 0)
+        if g != 0:  # no gradient, no part in it: a derivative may be NaN
+            grad_seq[chosen_of(pairs, p)] += g * pair_grads[2 * p]
+            grad_seq[rejected_of(pairs, p)] += g * pair_grads[2 * p + 1]
+
+
+cdef TokenArrays make_arrays(
+    uintptr_t logps, uintptr_t stats, uintptr_t entropy, uintptr_t mean_logits, uintptr_t is_top1,
+    uintptr_t log_sum_sq_probs,
+) noexcept:
+    cdef TokenArrays out
+    out.logps = <void*>logps
+    out.stats = <void*>stats
+    out.entropy = <void*>entropy
+    out.mean_logits = <void*>mean_logits
+    out.is_top1 = <uint8_t*>is_top1
+    out.log_sum_sq_probs = <void*>log_sum_sq_probs
+    return out
+
+
+def token_forward(
+    tuple rows, int threads, uintptr_t logps, uintptr_t stats, uintptr_t entropy, uintptr_t mean_logits,
+    uintptr_t is_top1, uintptr_t log_sum_sq_probs,
+):
+    """Fills logps [rows, n_targets], stats [rows, 2] and those of the other outputs that are not 0."""
+    cdef Rows r = make_rows(rows)
+    cdef TokenArrays out = make_arrays(logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs)
+    run_forward(&r, &out, threads)
+
+
+def sequence_forward(tuple rows, tuple seqs, int threads, uintptr_t logps, uintptr_t stats, uintptr_t seq_logps):
+    """Fills logps [rows], stats [rows, 2] and seq_logps [n_seqs]."""
+    cdef Rows r = make_rows(rows)
+    cdef Sequences q = make_seqs(seqs, &r)
+    cdef TokenArrays out = make_arrays(logps, stats, 0, 0, 0, 0)
+    cdef double* sums = NULL
+    cdef int64_t s
+    run_forward(&r, &out, threads)
+    try:
+        sums = <double*>allocate(q.n_seqs, sizeof(double))
+        sum_sequences(&r, &q, out.logps, sums)
+        for s in range(q.n_seqs):
+            store_float(<void*>seq_logps, s, sums[s], r.wide)
+    finally:
+        free(sums)
+
+
+def dpo_forward(
+    tuple rows, tuple seqs, tuple loss_spec, int threads, uintptr_t ref_logps, uintptr_t logps, uintptr_t stats,
+    uintptr_t seq_logps, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
+    uintptr_t pair_grads,
+):
+    """Fills logps [rows], stats [rows, 2], seq_logps [n_seqs], loss [], losses and rewards [n_pairs] and pair_grads
+    [n_pairs, 2] (float64): the derivatives of each pair's loss with respect to its two log-probs."""
+    cdef Rows r = make_rows(rows)
+    cdef Sequences q = make_seqs(seqs, &r)
+    cdef Pairs p = make_pairs(loss_spec, q.n_seqs)
+    cdef TokenArrays out = make_arrays(logps, stats, 0, 0, 0, 0)
+    cdef double* sums = NULL
+    cdef int64_t s
+    run_forward(&r, &out, threads)
+    try:
+        sums = <double*>allocate(q.n_seqs, sizeof(double))
+        sum_sequences(&r, &q, out.logps, sums)
+        for s in range(q.n_seqs):
+            store_float(<void*>seq_logps, s, sums[s], r.wide)
+        pair_losses(
+            &p, sums, <const void*>ref_logps, r.wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
+            <void*>rejected_rewards, <double*>pair_grads,
+        )
+    finally:
+        free(sums)
+
+
+def backward(
+    tuple rows, tuple seqs, tuple loss_spec, int threads, uintptr_t logps, uintptr_t stats, uintptr_t entropy,
+    uintptr_t pair_grads, uintptr_t grad_token_logps, uintptr_t grad_entropy, uintptr_t grad_seq_logps,
+    uintptr_t grad_loss, uintptr_t grad_losses, uintptr_t grad_logits, int64_t grad_seq_stride,
+    int64_t grad_row_stride, int64_t grad_vocab_stride,
+):
+    """Fills grad_logits (which may be the logits) from what forward left and the incoming gradients of the token
+    log-probs and entropy, of the sequence log-probs (with `seqs`), and of the loss (with `loss_spec`)."""
+    cdef Rows r = make_rows(rows)
+    cdef TokenArrays saved = make_arrays(logps, stats, entropy, 0, 0, 0)
+    cdef TokenGrads grads
+    cdef GradTensor out
+    cdef Sequences q
+    cdef Pairs p
+    cdef double* grad_seq = NULL
+    cdef double* grad_rows = NULL
+    cdef int64_t s
+    grads.logps = <const void*>grad_token_logps
+    grads.entropy = <const void*>grad_entropy
+    grads.row = NULL
+    if r.n_rows > 0 and grad_logits == 0:
+        raise ValueError("the gradient of the logits has no memory (a fake or meta tensor?)")
+    out.data = <char*>grad_logits
+    out.seq_stride = grad_seq_stride
+    out.row_stride = grad_row_stride
+    out.vocab_stride = grad_vocab_stride
+    try:
+        if seqs is not None:
+            q = make_seqs(seqs, &r)
+            grad_seq = <double*>allocate(q.n_seqs, sizeof(double))
+            grad_rows = <double*>allocate(r.n_rows, sizeof(double))
+            if loss_spec is not None:
+                p = make_pairs(loss_spec, q.n_seqs)
+            else:
+                p.n_pairs = 0
+            pair_grads_to_seqs(
+                &p, <const double*>pair_grads, <const void*>grad_loss, <const void*>grad_losses,
+                <const void*>grad_seq_logps, q.n_seqs, r.wide, grad_seq,
+            )
+            spread_to_rows(&r, &q, grad_seq, grad_rows)
+            grads.row = grad_rows
+        with nogil:
+            backward_rows(&r, &saved, &grads, &out, threads_for(r.n_rows * r.vocab, threads))
+    finally:
+        free(grad_rows)
+        free(grad_seq)
+
+
+def preference_forward(
+    tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t logps, uintptr_t ref_logps, uintptr_t loss,
+    uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards, uintptr_t pair_grads,
+):
+    """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`."""
+    cdef Pairs p = make_pairs(loss_spec, n_seqs)
+    cdef double* values = <double*>allocate(n_seqs, sizeof(double))
+    cdef int64_t s
+    for s in range(n_seqs):
+        values[s] = load_float(<const void*>logps, s, wide)
+    pair_losses(
+        &p, values, <const void*>ref_logps, wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
+        <void*>rejected_rewards, <double*>pair_grads,
+    )
+    free(values)
+
+
+def preference_backward(
+    tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t pair_grads, uintptr_t grad_loss, uintptr_t grad_losses,
+    uintptr_t grad_logps,
+):
+    """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses (0: none)."""
+    cdef Pairs p = make_pairs(loss_spec, n_seqs)
+    cdef double* grad_seq = <double*>allocate(n_seqs, sizeof(double))
+    cdef int64_t s
+    pair_grads_to_seqs(
+        &p, <const double*>pair_grads, <const void*>grad_loss, <const void*>grad_losses, NULL, n_seqs, wide, grad_seq
+    )
+    for s in range(n_seqs):
+        store_float(<void*>grad_logps, s, grad_seq[s], wide)
+    free(grad_seq)
+
+
+set_isa(None)
