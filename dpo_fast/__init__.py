@@ -1,0 +1,56 @@
+"""Fused preference-tuning losses with native kernels.
+
+The functions load on first use, so that `import dpo_fast.numpy` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_fast._native import get_num_threads, set_num_threads
+    from dpo_fast.collate import completion_targets
+    from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
+    from dpo_fast.losses import dpo_loss, preference_loss
+    from dpo_fast.outputs import DPOOutput, TokenOutput
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "DPOOutput": "outputs",
+    "TokenOutput": "outputs",
+    "completion_targets": "collate",
+    "dpo_loss": "losses",
+    "get_num_threads": "_native",
+    "preference_loss": "losses",
+    "selective_log_softmax": "logps",
+    "sequence_logps": "logps",
+    "set_num_threads": "_native",
+    "token_logps": "logps",
+}
+
+__all__ = [
+    "DPOOutput",
+    "TokenOutput",
+    "completion_targets",
+    "dpo_loss",
+    "get_num_threads",
+    "preference_loss",
+    "selective_log_softmax",
+    "sequence_logps",
+    "set_num_threads",
+    "token_logps",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
+    value = getattr(import_module(f"dpo_fast.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

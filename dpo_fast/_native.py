@@ -1,0 +1,42 @@
+"""The compiled CPU kernels, set up: the instruction set that DPO_FAST_ISA asks for, threads, forked children."""
+
+from __future__ import annotations
+
+import os
+
+from dpo_fast import _cpu
+
+_num_threads: int | None = None
+
+if "DPO_FAST_ISA" in os.environ:
+    _cpu.set_isa(os.environ["DPO_FAST_ISA"])
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_cpu.after_fork_in_child)
+
+
+def get_num_threads() -> int:
+    """Threads that `dpo_fast.numpy` uses: as set, else OMP_NUM_THREADS, else the processors this process may run on.
+
+    The torch functions follow `torch.get_num_threads()`.
+    """
+    if _num_threads is not None:
+        return _num_threads
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if first.isdigit() and int(first) > 0:
+        return int(first)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets the number of threads that `dpo_fast.numpy` uses. Results do not depend on it.
+
+    Raises:
+        ValueError: fewer than one thread.
+    """
+    global _num_threads
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, found {threads}")
+    _num_threads = int(threads)

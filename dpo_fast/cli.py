@@ -1,0 +1,54 @@
+"""The command `dpo-fast` (also `python -m dpo_fast`)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import dpo_fast
+
+
+def info() -> list[tuple[str, str]]:
+    """What this installed copy has, as (name, value) lines."""
+    lines = [("dpo_fast", dpo_fast.__version__), ("Python", platform.python_version())]
+    torch: Any = None
+    if importlib.util.find_spec("torch") is not None:
+        torch = importlib.import_module("torch")  # before the kernels, so that both use one OpenMP library
+    from dpo_fast import _cpu, _native
+
+    lines.append(("torch", torch.__version__ if torch else "not installed (dpo_fast.numpy only)"))
+    lines.append(("processor", f"{platform.machine()}, {_native.get_num_threads()} usable"))
+    compiled = ", ".join(name + ("" if supported else " (not on this processor)") for name, supported in _cpu.isas())
+    lines.append(("instruction set", f"{_cpu.isa()}; compiled: {compiled}"))
+    lines.append(("threads, NumPy", str(_native.get_num_threads())))
+    if torch:
+        lines.append(("threads, torch", str(torch.get_num_threads())))
+    lines.append(("CUDA build", "none"))
+    lines.append(("cpu will use", f"native kernels, {_cpu.isa()}"))
+    if torch:
+        for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            lines.append((f"cuda:{i} will use", f"plain torch, in chunks of rows ({torch.cuda.get_device_name(i)})"))
+        lines.append(("other devices use", "plain torch, in chunks of rows"))
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="dpo-fast", description="Fused preference-tuning losses.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what this copy has: version, instruction set, threads, CUDA, devices")
+    parser.parse_args(argv)
+    try:
+        lines = info()
+    except (ImportError, ValueError) as error:
+        print(f"dpo-fast: {error}", file=sys.stderr)
+        return 1
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    return 0

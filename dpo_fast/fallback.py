@@ -1,0 +1,337 @@
+"""The operators in plain torch, for devices without a compiled kernel: exact, a chunk of rows at a time, not fast.
+
+Same arguments and results as the operators of the same name in ops.py. Nothing here waits for the device: a target
+outside the vocabulary gives NaN for its token and sequence; DPO_FAST_CHECK=1 raises IndexError instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_fast._checks import LOSS_TYPES, LogitOptions
+
+# Logits of a chunk, which exist a few times over in float32.
+CHUNK_LOGITS = 1 << 24
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _chunks(logits: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Indices of groups of rows of one sequence."""
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    for seq in range(logits.shape[0]) if logits.dim() == 3 else (None,):
+        for start in range(0, logits.shape[-2], rows):
+            part = slice(start, start + rows)
+            yield (part,) if seq is None else (seq, part)
+
+
+def _kept(targets: Tensor, ignore_index: int, weights: Tensor | None) -> Tensor:
+    kept = targets != ignore_index
+    return kept if weights is None else kept & (weights != 0)
+
+
+def _bad(logits: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
+    """Targets [..., K] outside the vocabulary, in rows that count."""
+    bad = kept.unsqueeze(-1) & ((targets < 0) | (targets >= logits.shape[-1]))
+    if os.environ.get("DPO_FAST_CHECK") == "1" and bad.any():
+        place = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"target {targets[tuple(place)].item()} at position {place[: targets.dim() - 1]} is outside "
+            f"[0, {logits.shape[-1]}) and is not ignore_index"
+        )
+    return bad
+
+
+def _transform(x: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | float]:
+    """z and dz/dx."""
+    slope = options.logit_scale / options.temperature
+    if options.softcap == 0:
+        return x * slope, slope
+    u = torch.tanh(x * (options.logit_scale / options.softcap))
+    return u * (options.softcap / options.temperature), slope * (1 - u * u)
+
+
+def _rows_forward(
+    logits: Tensor, targets: Tensor, kept: Tensor, options: LogitOptions, want: tuple[bool, ...] = (False,) * 4
+) -> tuple[Tensor, ...]:
+    """As token_forward, for targets [..., K] and kept [...]."""
+    wide = _wide(logits.dtype)
+    rows, device = logits.shape[:-1], logits.device
+    bad = _bad(logits, targets, kept)
+    logps = torch.zeros(targets.shape, dtype=wide, device=device)
+    stats = torch.zeros((*rows, 2), dtype=wide, device=device)
+    shapes = (rows, rows, targets.shape, rows)
+    extras = [
+        torch.zeros(shape if wanted else (0,), dtype=torch.bool if i == 2 else wide, device=device)
+        for i, (shape, wanted) in enumerate(zip(shapes, want, strict=True))
+    ]
+    zero = torch.zeros((), dtype=wide, device=device)
+    for part in _chunks(logits):
+        x, keep = logits[part].to(wide), kept[part]
+        z, _ = _transform(x, options)
+        shift = z.amax(-1, keepdim=True)
+        e = torch.exp(z - shift)
+        total = e.sum(-1, keepdim=True)
+        logp = (z - shift) - total.log()
+        y = targets[part].clamp(0, logits.shape[-1] - 1)
+        gathered = logp.gather(-1, y).masked_fill(bad[part], float("nan"))
+        logps[part] = torch.where(keep.unsqueeze(-1), gathered, zero)
+        stats[part] = torch.where(keep.unsqueeze(-1), torch.cat([shift, 1 / total], -1), zero)
+        p = e / total
+        if want[0]:
+            extras[0][part] = torch.where(keep, -torch.special.xlogy(p, p).sum(-1), zero)
+        if want[1]:
+            extras[1][part] = torch.where(keep, z.mean(-1), zero)
+        if want[2]:
+            first = torch.argmax(x, -1, keepdim=True)
+            extras[2][part] = keep.unsqueeze(-1) & (first == targets[part]) & ~total.isnan()
+        if want[3]:
+            extras[3][part] = torch.where(keep, (p * p).sum(-1).log(), zero)
+    return (logps, stats, *extras)
+
+
+def _rows_backward(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    kept: Tensor,
+    options: LogitOptions,
+    logps: Tensor,
+    stats: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Fills grad, which may be the logits, for targets and grad_logps [..., K]."""
+    wide = _wide(logits.dtype)
+    bad = _bad(logits, targets, kept)
+    for part in _chunks(logits):
+        z, slope = _transform(logits[part].to(wide), options)
+        stat = stats[part]
+        d = z - stat[..., :1]
+        p = torch.exp(d) * stat[..., 1:]
+        g = grad_logps[part].to(wide).masked_fill(bad[part], float("nan"))
+        dz = -p * g.sum(-1, keepdim=True)
+        y = targets[part].clamp(0, logits.shape[-1] - 1)
+        lp = logps[part].to(wide)
+        # at a target 1 - p is formed by expm1: a confident token keeps its small gradient
+        dz.scatter_add_(-1, y, g)
+        if y.shape[-1] == 1:
+            dz.scatter_(-1, y, -g * torch.expm1(lp))
+        if grad_entropy is not None and entropy is not None:
+            logp = torch.where(p == 0, torch.zeros_like(p), d + stat[..., 1:].log())
+            dz -= grad_entropy[part].to(wide).unsqueeze(-1) * p * (logp + entropy[part].to(wide).unsqueeze(-1))
+        zero = torch.zeros((), dtype=wide, device=logits.device)
+        grad[part] = torch.where(kept[part].unsqueeze(-1), dz * slope, zero).to(grad.dtype)
+
+
+def _with_k(targets: Tensor, logits: Tensor) -> Tensor:
+    return targets.long() if targets.dim() == logits.dim() else targets.long().unsqueeze(-1)
+
+
+def token_forward(logits: Tensor, targets: Tensor, row_mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """See ops.py."""
+    options, want = LogitOptions(*rest[:4]), rest[4:]
+    y = _with_k(targets, logits)
+    kept = (y != options.ignore_index).all(-1)
+    if row_mask is not None:
+        kept &= row_mask != 0
+    logps, stats, entropy, mean_logits, is_top1, log_sum_sq = _rows_forward(logits, y, kept, options, want)
+    if want[2]:
+        is_top1 = is_top1.reshape(targets.shape)
+    return logps.reshape(targets.shape), stats, entropy, mean_logits, is_top1, log_sum_sq
+
+
+def token_backward_into(grad: Tensor, logits: Tensor, targets: Tensor, row_mask: Tensor | None, *rest: Any) -> None:
+    """See ops.py."""
+    options = LogitOptions(*rest[:4])
+    logps, stats, entropy, grad_logps, grad_entropy = rest[4:]
+    y = _with_k(targets, logits)
+    kept = (y != options.ignore_index).all(-1)
+    if row_mask is not None:
+        kept &= row_mask != 0
+    g = torch.zeros_like(logps) if grad_logps is None else grad_logps
+    _rows_backward(
+        grad, logits, y, kept, options, logps.reshape(y.shape), stats, entropy, g.reshape(y.shape), grad_entropy
+    )
+
+
+def _factors(targets: Tensor, weights: Tensor | None, kept: Tensor, dtype: torch.dtype) -> Tensor:
+    if weights is None:
+        return kept.to(dtype)
+    return torch.where(kept, weights.to(dtype), torch.zeros((), dtype=dtype, device=targets.device))
+
+
+def _sum_by_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if cu_seqlens is None:
+        return values.sum(-1)
+    values = values.reshape(-1)
+    return torch.segment_reduce(values, "sum", offsets=_check_cu_seqlens(cu_seqlens, values.shape[0]), initial=0)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != n_rows or any(b < a for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {n_rows}, found {bounds}")
+    return cu_seqlens.long()
+
+
+def _spread(values: Tensor, cu_seqlens: Tensor | None, shape: torch.Size) -> Tensor:
+    """One number per sequence -> one per row."""
+    if cu_seqlens is None:
+        return values.unsqueeze(-1).expand(shape)
+    return torch.repeat_interleave(values, cu_seqlens.long().diff()).reshape(shape)
+
+
+def _normalised(factors: Tensor, cu_seqlens: Tensor | None, average: bool) -> Tensor:
+    if not average:
+        return factors
+    total = _sum_by_sequence(factors, cu_seqlens)
+    inverse = torch.where(total == 0, torch.zeros_like(total), 1 / total)
+    return factors * _spread(inverse, cu_seqlens, factors.shape)
+
+
+def sequence_forward(
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """See ops.py."""
+    opts = LogitOptions(*options)
+    kept = _kept(targets, opts.ignore_index, token_weights)
+    logps, stats = _rows_forward(logits, targets.long().unsqueeze(-1), kept, opts)[:2]
+    logps = logps.squeeze(-1)
+    factors = _normalised(_factors(targets, token_weights, kept, logps.dtype), cu_seqlens, average)
+    return _sum_by_sequence(logps * factors, cu_seqlens), logps, stats
+
+
+def sequence_backward_into(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    *rest: Any,
+) -> None:
+    """See ops.py."""
+    options, (logps, stats, grad_seq_logps) = LogitOptions(*rest[:4]), rest[4:]
+    kept = _kept(targets, options.ignore_index, token_weights)
+    factors = _normalised(_factors(targets, token_weights, kept, logps.dtype), cu_seqlens, average)
+    g = factors * _spread(grad_seq_logps.to(factors.dtype), cu_seqlens, factors.shape)
+    _rows_backward(
+        grad,
+        logits,
+        targets.long().unsqueeze(-1),
+        kept,
+        options,
+        logps.unsqueeze(-1),
+        stats,
+        None,
+        g.unsqueeze(-1),
+        None,
+    )
+
+
+def _pair_index(n_seqs: int, pairs: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    if pairs is None:
+        both = torch.arange(n_seqs, device=device)
+        return both[: n_seqs // 2], both[n_seqs // 2 :]
+    return pairs[:, 0].long(), pairs[:, 1].long()
+
+
+def preference_forward(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    pairs: Tensor | None,
+    loss_type: int,
+    beta: float,
+    label_smoothing: float,
+    mean: bool,
+) -> tuple[Tensor, ...]:
+    """See ops.py."""
+    if loss_type != LOSS_TYPES["sigmoid"]:
+        raise ValueError(f"loss type {loss_type} has no plain-torch form")
+    ratios = logps if ref_logps is None else logps - ref_logps.to(logps.dtype)
+    chosen, rejected = _pair_index(logps.shape[0], pairs, logps.device)
+    x = beta * (ratios[chosen] - ratios[rejected])
+    losses = (1 - label_smoothing) * F.softplus(-x, threshold=1e30)
+    slope = -(1 - label_smoothing) * torch.sigmoid(-x)
+    if label_smoothing > 0:
+        losses = losses + label_smoothing * F.softplus(x, threshold=1e30)
+        slope = slope + label_smoothing * torch.sigmoid(x)
+    pair_grads = (beta * torch.stack([slope, -slope], -1)).to(torch.float64)
+    loss = losses.mean() if mean else losses.sum()
+    return loss, losses, beta * ratios[chosen], beta * ratios[rejected], pair_grads
+
+
+def preference_backward(
+    logps: Tensor,
+    pairs: Tensor | None,
+    mean: bool,
+    pair_grads: Tensor,
+    grad_loss: Tensor | None,
+    grad_losses: Tensor | None,
+) -> Tensor:
+    """See ops.py."""
+    n_pairs = pair_grads.shape[0]
+    g = torch.zeros(n_pairs, dtype=pair_grads.dtype, device=pair_grads.device)
+    if grad_loss is not None:
+        g = g + grad_loss / (n_pairs if mean else 1)
+    if grad_losses is not None:
+        g = g + grad_losses
+    chosen, rejected = _pair_index(logps.shape[0], pairs, logps.device)
+    grad = torch.zeros(logps.shape, dtype=pair_grads.dtype, device=logps.device)
+    # index_put_ with accumulate sorts on CUDA: deterministic, unlike scatter_add_
+    grad.index_put_((chosen,), g * pair_grads[:, 0], accumulate=True)
+    grad.index_put_((rejected,), g * pair_grads[:, 1], accumulate=True)
+    return grad.to(logps.dtype)
+
+
+def dpo_forward(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    pairs: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """See ops.py."""
+    options, loss = rest[:4], rest[4:]
+    seq_logps, logps, stats = sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options)
+    *losses, pair_grads = preference_forward(seq_logps, ref_logps, pairs, *loss)
+    return (*losses, seq_logps, logps, stats, pair_grads)
+
+
+def dpo_backward_into(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    pairs: Tensor | None,
+    *rest: Any,
+) -> None:
+    """See ops.py."""
+    options, (mean, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps) = rest[:4], rest[4:]
+    n_seqs = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    like = torch.empty(n_seqs, dtype=logps.dtype, device=logits.device)
+    g = preference_backward(like, pairs, mean, pair_grads, grad_loss, grad_losses)
+    if grad_seq_logps is not None:
+        g = g + grad_seq_logps
+    sequence_backward_into(grad, logits, targets, cu_seqlens, token_weights, average, *options, logps, stats, g)

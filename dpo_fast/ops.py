@@ -1,0 +1,606 @@
+"""The operators `torch.ops.dpo_fast.*`: schemas, CPU implementations over the Cython kernels, and fakes.
+
+An operator checks its tensors, allocates its outputs and calls one kernel; it has no autograd (that is in logps.py and
+losses.py). Devices without a compiled kernel take the plain-torch path of fallback.py. `Library.define/impl` is used
+because it is the cheapest way into the dispatcher: 2-4 us a call, against 10 us and more for `custom_op`.
+
+    token_forward      logits, targets -> token log-probs and statistics
+    sequence_forward   ... -> sequence log-probs
+    dpo_forward        ... -> losses and their derivatives
+    preference_forward log-probs -> losses and their derivatives
+    *_backward         incoming gradients -> gradient of the logits (of the log-probs for preference_backward)
+    *_backward_        the same, written over the logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_fast import _checks, _cpu, _native, fallback  # noqa: F401  (_native sets the kernels up)
+from dpo_fast._checks import LogitOptions, check_shape
+
+LOGIT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+_ROWS = "Tensor logits, Tensor targets"
+_OPTIONS = "int ignore_index, float temperature, float logit_scale, float softcap"
+_SEQS = "Tensor? cu_seqlens, Tensor? token_weights, bool average"
+_PAIRS = "Tensor? pairs"
+_LOSS = "int loss_type, float beta, float label_smoothing, bool mean"
+_SAVED = "Tensor logps, Tensor stats"
+
+SCHEMAS = {
+    "token_forward": f"({_ROWS}, Tensor? row_mask, {_OPTIONS}, bool entropy, bool mean_logits, bool is_top1, "
+    "bool log_sum_sq_probs) -> (Tensor logps, Tensor stats, Tensor entropy, Tensor mean_logits, Tensor is_top1, "
+    "Tensor log_sum_sq_probs)",
+    "token_backward": f"({_ROWS}, Tensor? row_mask, {_OPTIONS}, {_SAVED}, Tensor? entropy, Tensor? grad_logps, "
+    "Tensor? grad_entropy)",
+    "sequence_forward": f"({_ROWS}, {_SEQS}, {_OPTIONS}) -> (Tensor seq_logps, Tensor logps, Tensor stats)",
+    "sequence_backward": f"({_ROWS}, {_SEQS}, {_OPTIONS}, {_SAVED}, Tensor grad_seq_logps)",
+    "dpo_forward": f"({_ROWS}, Tensor? ref_logps, {_SEQS}, {_PAIRS}, {_OPTIONS}, {_LOSS}) -> (Tensor loss, "
+    "Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor seq_logps, Tensor logps, Tensor stats, "
+    "Tensor pair_grads)",
+    "dpo_backward": f"({_ROWS}, {_SEQS}, {_PAIRS}, {_OPTIONS}, bool mean, {_SAVED}, Tensor pair_grads, "
+    "Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_seq_logps)",
+    "preference_forward": f"(Tensor logps, Tensor? ref_logps, {_PAIRS}, {_LOSS}) -> (Tensor loss, Tensor losses, "
+    "Tensor chosen_rewards, Tensor rejected_rewards, Tensor pair_grads)",
+    "preference_backward": f"(Tensor logps, {_PAIRS}, bool mean, Tensor pair_grads, Tensor? grad_loss, "
+    "Tensor? grad_losses) -> Tensor",
+}
+
+_lib = torch.library.Library("dpo_fast", "DEF")
+
+
+def _define(
+    name: str, schema: str, cpu: Callable[..., Any], other: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    _lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, cpu, "CPU")
+    _lib.impl(name, other, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dpo_fast::{name}", fake, lib=_lib)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_like_logits(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} must be on the logits' device, {logits.device}, found {tensor.device}")
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+        raise TypeError(f"{name} must be integers, found {tensor.dtype}")
+
+
+def _check_real(name: str, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real numbers, found {tensor.dtype}")
+
+
+def _check_logits_type(name: str, logits: Tensor) -> None:
+    if logits.dtype not in LOGIT_TYPES:
+        types = ", ".join(str(t) for t in LOGIT_TYPES)
+        raise TypeError(f"{name} must be one of {types}, found {logits.dtype}")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of log-probs, losses and statistics for logits of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def check_rows(logits: Tensor, targets: Tensor, row_mask: Tensor | None = None) -> None:
+    """Checks logits [..., V] with targets [...] or [..., K] and row_mask [...]."""
+    _checks.check_logits_shape(logits.shape)
+    _check_logits_type("logits", logits)
+    _check_integers("targets", targets)
+    _check_like_logits("targets", targets, logits)
+    lead: tuple[int, ...] = tuple(logits.shape[:-1])
+    if targets.dim() == logits.dim():
+        lead = (*lead, targets.shape[-1])
+    check_shape("targets", targets.shape, lead, f"to fit logits of shape {tuple(logits.shape)}")
+    if row_mask is not None:
+        _check_like_logits("row_mask", row_mask, logits)
+        check_shape("row_mask", row_mask.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
+
+
+def _check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None) -> int:
+    """Checks one target per row, and what groups and weights the rows; returns the number of sequences."""
+    check_rows(logits, targets)
+    check_shape("targets", targets.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
+    if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens)
+        _check_like_logits("cu_seqlens", cu_seqlens, logits)
+    if token_weights is not None:
+        _check_real("token_weights", token_weights)
+        _check_like_logits("token_weights", token_weights, logits)
+        check_shape("token_weights", token_weights.shape, targets.shape, "as targets have")
+    return _checks.sequence_count(logits.shape, None if cu_seqlens is None else cu_seqlens.shape)
+
+
+def _check_pairs(like: Tensor, n_seqs: int, pairs: Tensor | None, ref_logps: Tensor | None = None) -> int:
+    """Checks pairs and ref_logps against n_seqs sequences; returns the number of pairs."""
+    if pairs is not None:
+        _check_integers("pairs", pairs)
+        _check_like_logits("pairs", pairs, like)
+    if ref_logps is not None:
+        if not ref_logps.is_floating_point():
+            raise TypeError(f"ref_logps must be floating-point numbers, found {ref_logps.dtype}")
+        _check_like_logits("ref_logps", ref_logps, like)
+        check_shape("ref_logps", ref_logps.shape, (n_seqs,), "with one log-prob per sequence")
+    return _checks.pair_count(n_seqs, None if pairs is None else pairs.shape)
+
+
+def _check_saved(logits: Tensor, targets: Tensor, logps: Tensor, stats: Tensor) -> None:
+    check_shape("logps", logps.shape, targets.shape, "as targets have")
+    check_shape("stats", stats.shape, (*logits.shape[:-1], 2), f"to fit logits of shape {tuple(logits.shape)}")
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if _checks.overlaps(logits.shape, logits.stride()):
+        raise ValueError(
+            f"inplace_backward needs logits whose elements do not share memory, found strides {logits.stride()} for "
+            f"shape {tuple(logits.shape)} (expanded?)"
+        )
+
+
+# --- tensors to addresses ---------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """Addresses of a call's tensors, converted to what the kernels read where needed and kept alive until it ends."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.wide = _wide(dtype)
+        self.alive: list[Tensor] = []
+
+    def _as(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
+        if tensor is None:
+            return 0
+        if tensor.dtype is not dtype or not tensor.is_contiguous():
+            tensor = tensor.to(dtype).contiguous()
+            self.alive.append(tensor)
+        return tensor.data_ptr()
+
+    def floats(self, tensor: Tensor | None) -> int:
+        return self._as(tensor, self.wide)
+
+    def doubles(self, tensor: Tensor | None) -> int:
+        return self._as(tensor, torch.float64)
+
+    def integers(self, tensor: Tensor | None) -> int:
+        return self._as(tensor, torch.int64)
+
+    def booleans(self, tensor: Tensor | None) -> int:
+        return self._as(tensor, torch.bool)
+
+    def rows(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        row_mask: Tensor | None,
+        weights: Tensor | None,
+        options: LogitOptions,
+    ) -> tuple[int | float, ...]:
+        return _checks.rows_spec(
+            LOGIT_TYPES[logits.dtype],
+            logits.data_ptr(),
+            _checks.row_layout(logits.shape, logits.stride()),
+            self.integers(targets),
+            targets.shape[-1] if targets.dim() == logits.dim() else 1,
+            self.booleans(row_mask),
+            self.floats(weights),
+            options,
+        )
+
+    def backward(
+        self,
+        grad: Tensor,
+        rows: tuple[int | float, ...],
+        seqs: tuple[int, int, bool] | None,
+        loss: tuple[int | float, ...] | None,
+        saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        grads: tuple[Tensor | None, ...],
+    ) -> None:
+        logps, stats, entropy, pair_grads = saved
+        layout = _checks.row_layout(grad.shape, grad.stride())
+        _cpu.backward(
+            rows,
+            seqs,
+            loss,
+            torch.get_num_threads(),
+            self.floats(logps),
+            self.floats(stats),
+            self.floats(entropy),
+            self.doubles(pair_grads),
+            *[self.floats(g) for g in grads],  # type: ignore[call-arg]
+            grad.data_ptr(),
+            layout.seq_stride,
+            layout.row_stride,
+            layout.vocab_stride,
+        )
+
+
+def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+# --- token log-probs --------------------------------------------------------------------------------------------------
+
+
+def _token_outputs(logits: Tensor, targets: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    wide = _wide(logits.dtype)
+    rows = tuple(logits.shape[:-1])
+    shapes = (rows, rows, tuple(targets.shape), rows)
+    extras = [
+        _new(logits, shape if wanted else (0,), torch.bool if i == 2 else wide)
+        for i, (shape, wanted) in enumerate(zip(shapes, want, strict=True))
+    ]
+    return (_new(logits, tuple(targets.shape), wide), _new(logits, (*rows, 2), wide), *extras)
+
+
+def _token_forward_fake(
+    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any
+) -> tuple[Tensor, ...]:
+    check_rows(logits, targets, row_mask)
+    return _token_outputs(logits, targets, options_and_want[4:])
+
+
+def _token_forward(
+    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any
+) -> tuple[Tensor, ...]:
+    check_rows(logits, targets, row_mask)
+    call = _Call(logits.dtype)
+    rows = call.rows(logits, targets, row_mask, None, LogitOptions(*options_and_want[:4]))
+    want = options_and_want[4:]
+    out = _token_outputs(logits, targets, want)
+    extras = [t.data_ptr() if wanted else 0 for t, wanted in zip(out[2:], want, strict=True)]
+    _cpu.token_forward(rows, torch.get_num_threads(), out[0].data_ptr(), out[1].data_ptr(), *extras)
+    return out
+
+
+def _token_backward_into(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_mask: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    logps: Tensor,
+    stats: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    check_rows(logits, targets, row_mask)
+    _check_saved(logits, targets, logps, stats)
+    if grad_logps is not None:
+        check_shape("grad_logps", grad_logps.shape, targets.shape, "as targets have")
+    if grad_entropy is not None:
+        check_shape("grad_entropy", grad_entropy.shape, logits.shape[:-1], "with one number per row")
+        if entropy is None:
+            raise ValueError("grad_entropy needs the entropy of the forward pass")
+        check_shape("entropy", entropy.shape, logits.shape[:-1], "with one number per row")
+    call = _Call(logits.dtype)
+    options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
+    rows = call.rows(logits, targets, row_mask, None, options)
+    grads = (grad_logps, grad_entropy, None, None, None)
+    call.backward(grad, rows, None, None, (logps, stats, entropy, None), grads)
+
+
+# --- sequence log-probs -----------------------------------------------------------------------------------------------
+
+
+def _sequence_outputs(
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    wide = _wide(logits.dtype)
+    shape = tuple(targets.shape)
+    return _new(logits, (n_seqs,), wide), _new(logits, shape, wide), _new(logits, (*shape, 2), wide)
+
+
+def _sequence_forward_fake(
+    logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *_: Any
+) -> tuple[Tensor, ...]:
+    return _sequence_outputs(logits, targets, cu_seqlens, token_weights)
+
+
+def _sequence_forward(
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    out = seq_logps, logps, stats = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
+    call = _Call(logits.dtype)
+    _cpu.sequence_forward(
+        call.rows(logits, targets, None, token_weights, LogitOptions(*options)),
+        (call.integers(cu_seqlens), seq_logps.shape[0], average),
+        torch.get_num_threads(),
+        logps.data_ptr(),
+        stats.data_ptr(),
+        seq_logps.data_ptr(),
+    )
+    return out
+
+
+def _sequence_backward_into(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    logps: Tensor,
+    stats: Tensor,
+    grad_seq_logps: Tensor,
+) -> None:
+    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    _check_saved(logits, targets, logps, stats)
+    check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
+    call = _Call(logits.dtype)
+    options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
+    call.backward(
+        grad,
+        call.rows(logits, targets, None, token_weights, options),
+        (call.integers(cu_seqlens), n_seqs, average),
+        None,
+        (logps, stats, None, None),
+        (None, None, grad_seq_logps, None, None),
+    )
+
+
+# --- the preference loss from logits ----------------------------------------------------------------------------------
+
+
+def _loss_outputs(like: Tensor, wide: torch.dtype, n_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = _new(like, (), wide)
+    return loss, _new(like, (n_pairs,), wide), _new(like, (n_pairs,), wide), _new(like, (n_pairs,), wide)
+
+
+def _dpo_outputs(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    pairs: Tensor | None,
+) -> tuple[Tensor, ...]:
+    seqs = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
+    n_pairs = _check_pairs(logits, seqs[0].shape[0], pairs, ref_logps)
+    losses = _loss_outputs(logits, _wide(logits.dtype), n_pairs)
+    return (*losses, *seqs, _new(logits, (n_pairs, 2), torch.float64))
+
+
+def _dpo_forward_fake(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    pairs: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    return _dpo_outputs(logits, targets, ref_logps, cu_seqlens, token_weights, pairs)
+
+
+def _dpo_forward(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    pairs: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    *loss_and_mean: Any,
+) -> tuple[Tensor, ...]:
+    out = _dpo_outputs(logits, targets, ref_logps, cu_seqlens, token_weights, pairs)
+    loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads = out
+    call = _Call(logits.dtype)
+    _cpu.dpo_forward(
+        call.rows(logits, targets, None, token_weights, LogitOptions(ignore_index, temperature, logit_scale, softcap)),
+        (call.integers(cu_seqlens), seq_logps.shape[0], average),
+        (call.integers(pairs), losses.shape[0], *loss_and_mean),
+        torch.get_num_threads(),
+        call.floats(ref_logps),
+        logps.data_ptr(),
+        stats.data_ptr(),
+        seq_logps.data_ptr(),
+        loss.data_ptr(),
+        losses.data_ptr(),
+        chosen_rewards.data_ptr(),
+        rejected_rewards.data_ptr(),
+        pair_grads.data_ptr(),
+    )
+    return out
+
+
+def _dpo_backward_into(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    pairs: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    mean: bool,
+    logps: Tensor,
+    stats: Tensor,
+    pair_grads: Tensor,
+    grad_loss: Tensor | None,
+    grad_losses: Tensor | None,
+    grad_seq_logps: Tensor | None,
+) -> None:
+    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    n_pairs = _check_pairs(logits, n_seqs, pairs)
+    _check_saved(logits, targets, logps, stats)
+    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
+    if grad_seq_logps is not None:
+        check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
+    call = _Call(logits.dtype)
+    options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
+    call.backward(
+        grad,
+        call.rows(logits, targets, None, token_weights, options),
+        (call.integers(cu_seqlens), n_seqs, average),
+        (call.integers(pairs), n_pairs, 0, 0.0, 0.0, mean),
+        (logps, stats, None, pair_grads),
+        (None, None, grad_seq_logps, grad_loss, grad_losses),
+    )
+
+
+def _check_pair_grads(n_pairs: int, pair_grads: Tensor, grad_loss: Tensor | None, grad_losses: Tensor | None) -> None:
+    check_shape("pair_grads", pair_grads.shape, (n_pairs, 2), "with two derivatives per pair")
+    if grad_loss is not None:
+        check_shape("grad_loss", grad_loss.shape, (), "as the reduced loss has")
+    if grad_losses is not None:
+        check_shape("grad_losses", grad_losses.shape, (n_pairs,), "with one number per pair")
+
+
+# --- the preference loss from log-probs -------------------------------------------------------------------------------
+
+
+def _preference_outputs(logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None) -> tuple[Tensor, ...]:
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logps must be torch.float32 or torch.float64, found {logps.dtype}")
+    if logps.dim() != 1:
+        raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
+    n_pairs = _check_pairs(logps, logps.shape[0], pairs, ref_logps)
+    return (*_loss_outputs(logps, logps.dtype, n_pairs), _new(logps, (n_pairs, 2), torch.float64))
+
+
+def _preference_forward_fake(
+    logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    return _preference_outputs(logps, ref_logps, pairs)
+
+
+def _preference_forward(
+    logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None, *loss_and_mean: Any
+) -> tuple[Tensor, ...]:
+    out = _preference_outputs(logps, ref_logps, pairs)
+    call = _Call(logps.dtype)
+    _cpu.preference_forward(
+        (call.integers(pairs), out[1].shape[0], *loss_and_mean),
+        logps.dtype is torch.float64,
+        logps.shape[0],
+        call.floats(logps),
+        call.floats(ref_logps),
+        *[t.data_ptr() for t in out],
+    )
+    return out
+
+
+def _preference_backward_fake(logps: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logps, memory_format=torch.contiguous_format)
+
+
+def _preference_backward(
+    logps: Tensor,
+    pairs: Tensor | None,
+    mean: bool,
+    pair_grads: Tensor,
+    grad_loss: Tensor | None,
+    grad_losses: Tensor | None,
+) -> Tensor:
+    n_pairs = _check_pairs(logps, logps.shape[0], pairs)
+    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
+    grad = _preference_backward_fake(logps)
+    call = _Call(logps.dtype)
+    _cpu.preference_backward(
+        (call.integers(pairs), n_pairs, 0, 0.0, 0.0, mean),
+        logps.dtype is torch.float64,
+        logps.shape[0],
+        call.doubles(pair_grads),
+        call.floats(grad_loss),
+        call.floats(grad_losses),
+        grad.data_ptr(),
+    )
+    return grad
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_define("token_forward", SCHEMAS["token_forward"], _token_forward, fallback.token_forward, _token_forward_fake)
+_define(
+    "sequence_forward",
+    SCHEMAS["sequence_forward"],
+    _sequence_forward,
+    fallback.sequence_forward,
+    _sequence_forward_fake,
+)
+_define("dpo_forward", SCHEMAS["dpo_forward"], _dpo_forward, fallback.dpo_forward, _dpo_forward_fake)
+_define(
+    "preference_forward",
+    SCHEMAS["preference_forward"],
+    _preference_forward,
+    fallback.preference_forward,
+    _preference_forward_fake,
+)
+_define(
+    "preference_backward",
+    SCHEMAS["preference_backward"],
+    _preference_backward,
+    fallback.preference_backward,
+    _preference_backward_fake,
+)
+
+
+def _define_backward(name: str, cpu: Callable[..., None], other: Callable[..., None]) -> None:
+    """Defines `name`, which returns a fresh gradient, and `name_`, which writes it over the logits."""
+
+    def fresh(into: Callable[..., None]) -> Callable[..., Tensor]:
+        def implementation(logits: Tensor, *args: Any) -> Tensor:
+            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            into(grad, logits, *args)
+            return grad
+
+        return implementation
+
+    def inplace(into: Callable[..., None]) -> Callable[..., None]:
+        def implementation(logits: Tensor, *args: Any) -> None:
+            _check_inplace(logits)
+            into(logits, logits, *args)
+            # autograd does not see a write below it; this lets it refuse any later use of the logits it had saved
+            torch.autograd.graph.increment_version(logits)
+
+        return implementation
+
+    def fake(logits: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    def fake_inplace(*_: Any) -> None:
+        return None
+
+    _define(name, SCHEMAS[name] + " -> Tensor", fresh(cpu), fresh(other), fake)
+    mutating = SCHEMAS[name].replace("Tensor logits", "Tensor(a!) logits")
+    _define(name + "_", mutating + " -> ()", inplace(cpu), inplace(other), fake_inplace)
+
+
+_define_backward("token_backward", _token_backward_into, fallback.token_backward_into)
+_define_backward("sequence_backward", _sequence_backward_into, fallback.sequence_backward_into)
+_define_backward("dpo_backward", _dpo_backward_into, fallback.dpo_backward_into)
