@@ -43,7 +43,8 @@ def log_softmax(z: Float64) -> Float64:
     """log p_v = z_v - log sum_v exp(z_v), over the last axis."""
     with np.errstate(invalid="ignore", over="ignore"):
         shifted: Float64 = z - z.max(axis=-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        log_sum: Float64 = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted - log_sum
 
 
 def kept_rows(

@@ -1,0 +1,197 @@
+"""Every line of DESIGN.md's table of bad input: the type of the error and what its message names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import dpo_fast
+import dpo_fast.numpy
+from dpo_fast import reference
+
+X = torch.randn(4, 3, 5)
+Y = torch.randint(0, 5, (4, 3))
+PACKED = X.reshape(12, 5)
+CU = torch.tensor([0, 3, 6, 9, 12])
+
+
+def both(kind, message, call):
+    """A case for torch tensors and one for NumPy arrays; `call` takes the module and a converter."""
+
+    def as_array(t):
+        return t.numpy() if isinstance(t, torch.Tensor) else t
+
+    name = message[:40]
+    return [
+        pytest.param(kind, message, lambda: call(dpo_fast, lambda t: t), id=f"torch: {name}"),
+        pytest.param(kind, message, lambda: call(dpo_fast.numpy, as_array), id=f"numpy: {name}"),
+    ]
+
+
+SHAPES = [
+    *both(ValueError, r"targets must have shape \(4, 3\).*found \(4, 2\)", lambda m, a: m.token_logps(a(X), a(Y[:, :2]))),
+    *both(ValueError, r"targets must have shape \(4, 3\).*found \(4, 3, 1\)", lambda m, a: m.token_logps(a(X), a(Y[..., None]))),
+    *both(ValueError, r"logits must have shape \[S, T, V\].*found \(5,\)", lambda m, a: m.token_logps(a(X[0, 0]), a(Y[0, 0]))),
+    *both(ValueError, r"logits must have shape \[S, T, V\].*\(1, 4, 3, 5\)", lambda m, a: m.token_logps(a(X[None]), a(Y[None]))),
+    *both(ValueError, r"at least one token in the vocabulary.*\(4, 3, 0\)", lambda m, a: m.token_logps(a(X[..., :0]), a(Y))),
+    *both(ValueError, r"packed logits \[N, V\] need cu_seqlens", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()))),
+    *both(ValueError, r"with cu_seqlens logits must have shape \[N, V\]", lambda m, a: m.sequence_logps(a(X), a(Y), cu_seqlens=a(CU))),
+    *both(ValueError, r"targets must have shape \(4, 3\).*\(4, 3, 2\)", lambda m, a: m.dpo_loss(a(X), a(Y[..., None].expand(4, 3, 2)))),
+    *both(ValueError, r"token_weights must have shape \(4, 3\).*found \(3, 4\)", lambda m, a: m.dpo_loss(a(X), a(Y), token_weights=a(torch.ones(3, 4)))),
+    *both(ValueError, r"ref_logps must have shape \(4,\).*found \(2,\)", lambda m, a: m.dpo_loss(a(X), a(Y), a(torch.ones(2)))),
+    *both(ValueError, r"ref_logps must have shape \(4,\).*found \(4, 1\)", lambda m, a: m.preference_loss(a(torch.ones(4)), a(torch.ones(4, 1)))),
+    *both(ValueError, r"logps must have shape \[S\], found \(4, 1\)", lambda m, a: m.preference_loss(a(torch.ones(4, 1)))),
+    *both(ValueError, r"pairs must have shape \[P, 2\].*found \(4,\)", lambda m, a: m.dpo_loss(a(X), a(Y), pairs=a(torch.arange(4)))),
+    *both(ValueError, r"number\D*must be even, found 3", lambda m, a: m.dpo_loss(a(X[:3]), a(Y[:3]))),
+    *both(ValueError, r"cu_seqlens must have shape \[S \+ 1\], found \(0,\)", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(CU[:0]))),
+    *both(ValueError, r"index must have shape.*found \(\)", lambda m, a: m.selective_log_softmax(a(X), a(torch.tensor(1)))),
+    *both(ValueError, r"index must have shape \(4, 3, 2\).*found \(4, 1, 2\)", lambda m, a: m.selective_log_softmax(a(X), a(Y[:, :1, None].expand(4, 1, 2)))),
+    *both(ValueError, r"row_mask must have shape \(4, 3\)", lambda m, a: m.selective_log_softmax(a(X), a(Y), row_mask=a(Y[:2]))),
+    *both(ValueError, r"ref_logps and ref_logits exclude each other", lambda m, a: m.dpo_loss(a(X), a(Y), a(torch.ones(4)), ref_logits=a(X))),
+    *both(ValueError, r"must have shape \(4, 2\)", lambda m, a: m.dpo_loss(a(X), a(Y), ref_logits=a(X[:, :2]))),
+]  # fmt: skip
+
+TYPES = [
+    *both(TypeError, r"logits must be one of.*found (torch\.)?int64", lambda m, a: m.token_logps(a(X.long()), a(Y))),
+    *both(TypeError, r"logits must be one of.*found (torch\.)?complex64", lambda m, a: m.token_logps(a(X.to(torch.complex64)), a(Y))),
+    *both(TypeError, r"targets must be integers, found (torch\.)?float32", lambda m, a: m.token_logps(a(X), a(Y.float()))),
+    *both(TypeError, r"targets must be integers, found (torch\.)?bool", lambda m, a: m.dpo_loss(a(X), a(Y > 0))),
+    *both(TypeError, r"(targets|index) must be integers, found (torch\.)?float32", lambda m, a: m.selective_log_softmax(a(X), a(Y.float()))),
+    *both(TypeError, r"pairs must be integers, found (torch\.)?float32", lambda m, a: m.dpo_loss(a(X), a(Y), pairs=a(torch.ones(2, 2)))),
+    *both(TypeError, r"cu_seqlens must be integers, found (torch\.)?float32", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(CU.float()))),
+    *both(TypeError, r"token_weights must be real numbers, found (torch\.)?complex64", lambda m, a: m.dpo_loss(a(X), a(Y), token_weights=a(torch.ones(4, 3, dtype=torch.complex64)))),
+    *both(TypeError, r"found (torch\.)?int64", lambda m, a: m.preference_loss(a(torch.ones(4, dtype=torch.int64)))),
+]  # fmt: skip
+
+VALUES = [
+    *both(IndexError, r"target 5 at position \[1, 2\] is outside \[0, 5\)", lambda m, a: m.token_logps(a(X), a(Y.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(5))))),
+    *both(IndexError, r"target -1 at position \[0, 0\]", lambda m, a: m.dpo_loss(a(X), a(Y.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(-1))))),
+    *both(IndexError, r"target 99 at position \[7\]", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten().index_fill(0, torch.tensor(7), 99)), cu_seqlens=a(CU))),
+    *both(IndexError, r"target -100 at position \[0, 0\]", lambda m, a: m.selective_log_softmax(a(X), a(Y * 0 - 100))),
+    *both(IndexError, r"pairs\[1, 0\] = 4 is outside \[0, 4\)", lambda m, a: m.dpo_loss(a(X), a(Y), pairs=a(torch.tensor([[0, 1], [4, 1]])))),
+    *both(IndexError, r"pairs\[0, 1\] = -1 is outside", lambda m, a: m.preference_loss(a(torch.ones(4)), pairs=a(torch.tensor([[0, -1]])))),
+    *both(ValueError, r"cu_seqlens must not decrease: cu_seqlens\[2\] = 2 follows 3", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(torch.tensor([0, 3, 2, 12])))),
+    *both(ValueError, r"cu_seqlens\[0\] must be 0, found 1", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(torch.tensor([1, 12])))),
+    *both(ValueError, r"cu_seqlens\[1\] must be the number of rows, 12, found 13", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(torch.tensor([0, 13])))),
+    *both(ValueError, r"loss_type must be one of 'sigmoid', found 'hinge2'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="hinge2")),
+    *both(ValueError, r"label_smoothing must be in \[0, 0.5\], found 0.6", lambda m, a: m.dpo_loss(a(X), a(Y), label_smoothing=0.6)),
+    *both(ValueError, r"label_smoothing must be in \[0, 0.5\], found nan", lambda m, a: m.preference_loss(a(torch.ones(4)), label_smoothing=float("nan"))),
+    *both(ValueError, r"beta must be finite, found nan", lambda m, a: m.dpo_loss(a(X), a(Y), beta=float("nan"))),
+    *both(ValueError, r"reduction must be one of 'mean', 'sum', 'none', found 'avg'", lambda m, a: m.dpo_loss(a(X), a(Y), reduction="avg")),
+    *both(ValueError, r"temperature must be positive and finite, found 0", lambda m, a: m.selective_log_softmax(a(X), a(Y), temperature=0.0)),
+    *both(ValueError, r"softcap must be positive and finite, found -1", lambda m, a: m.token_logps(a(X), a(Y), softcap=-1.0)),
+    *both(ValueError, r"logit_scale must be positive and finite, found inf", lambda m, a: m.token_logps(a(X), a(Y), logit_scale=float("inf"))),
+    *both(ValueError, r"outputs must be among 'logps', 'entropy'.*found 'top5'", lambda m, a: m.token_logps(a(X), a(Y), outputs=("top5",))),
+    *both(ValueError, r"there are no pairs \(sequences: 0\)", lambda m, a: m.dpo_loss(a(X[:0]), a(Y[:0]))),
+    *both(ValueError, r"there are no pairs \(sequences: 4\)", lambda m, a: m.dpo_loss(a(X), a(Y), pairs=a(torch.zeros(0, 2, dtype=torch.int64)))),
+    *both(ValueError, r"there are no pairs", lambda m, a: m.preference_loss(a(torch.ones(0)))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "call"), [*SHAPES, *TYPES, *VALUES])
+def test_error(kind, message, call):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_mixed_devices():
+    with pytest.raises(ValueError, match=r"targets must be on the logits' device, cpu, found meta"):
+        dpo_fast.token_logps(X, Y.to("meta"))
+    with pytest.raises(ValueError, match=r"ref_logps must be on the logits' device, cpu, found meta"):
+        dpo_fast.dpo_loss(X, Y, torch.ones(4, device="meta"))
+
+
+def test_weights_that_expect_a_gradient_are_refused():
+    with pytest.raises(ValueError, match=r"token_weights gets no gradient, but requires one"):
+        dpo_fast.dpo_loss(X, Y, token_weights=torch.ones(4, 3, requires_grad=True))
+
+
+def test_half_precision_reference_is_accepted():
+    """A reference in another float type is converted, as users' data are."""
+    out = dpo_fast.dpo_loss(X, Y, torch.ones(4, dtype=torch.bfloat16), ref_logits=None)
+    assert out.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_fully_ignored_sequence(average):
+    targets = Y.clone()
+    targets[1] = -100
+    x = X.clone().requires_grad_()
+    out = dpo_fast.dpo_loss(x, targets, average=average)
+    out.loss.backward()
+    assert out.logps[1] == 0
+    assert (x.grad[1] == 0).all()
+    exact = reference.dpo_loss_grad(X.numpy(), targets.numpy(), average=average)
+    np.testing.assert_allclose(x.grad.numpy(), exact, atol=1e-6)
+    _, grad = dpo_fast.numpy.dpo_loss(X.numpy(), targets.numpy(), average=average, with_grad=True)
+    assert np.array_equal(grad, x.grad.numpy())
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_every_row_ignored(average):
+    x = X.clone().requires_grad_()
+    out = dpo_fast.dpo_loss(x, torch.full((4, 3), -100), average=average)
+    assert out.loss.item() == pytest.approx(np.log(2))
+    assert out.loss.requires_grad
+    out.loss.backward()
+    assert (x.grad == 0).all()
+
+
+def test_no_positions():
+    x = torch.zeros(2, 0, 5, requires_grad=True)
+    out = dpo_fast.dpo_loss(x, torch.zeros(2, 0, dtype=torch.int64))
+    out.loss.backward()
+    assert out.logps.tolist() == [0, 0]
+    assert x.grad.shape == (2, 0, 5)
+    assert dpo_fast.numpy.token_logps(np.zeros((0, 5), np.float32), np.zeros(0, np.int64)).logps.shape == (0,)
+
+
+def test_operators_called_directly_check_too():
+    """The operators are public: shapes that do not fit must not reach a pointer."""
+    ops = torch.ops.dpo_fast
+    options = (-100, 1.0, 1.0, 0.0)
+    logps, stats = ops.token_forward(X, Y, None, *options, False, False, False, False)[:2]
+    bad = [
+        (logps[:2], stats, None, logps, None),
+        (logps, stats[:2], None, logps, None),
+        (logps, stats, None, logps[:, :1], None),
+        (logps, stats, None, logps, logps),  # a gradient of an entropy that was not computed
+        (logps, stats, logps[:1], logps, logps),
+    ]
+    for saved in bad:
+        with pytest.raises(ValueError, match="shape|entropy"):
+            ops.token_backward(X, Y, None, *options, *saved)
+    with pytest.raises(ValueError, match="row_mask must have shape"):
+        ops.token_forward(X, Y, torch.ones(2, 3), *options, False, False, False, False)
+    with pytest.raises(ValueError, match="grad_seq_logps must have shape"):
+        ops.sequence_backward(X, Y, None, None, False, *options, logps, stats, torch.ones(2))
+    with pytest.raises(ValueError, match="pair_grads must have shape"):
+        ops.dpo_backward(X, Y, None, None, False, None, *options, True, logps, stats, torch.ones(1, 2), None, None, None)
+    with pytest.raises(ValueError, match="pair_grads must have shape"):
+        ops.preference_backward(torch.ones(4), None, True, torch.ones(1, 2), None, None)
+
+
+def test_numpy_arrays_the_kernels_cannot_read():
+    raw = np.zeros(4 * 3 * 5 * 4 + 1, np.uint8)
+    unaligned = raw[1:].view(np.float32).reshape(4, 3, 5)
+    with pytest.raises(ValueError, match="aligned"):
+        dpo_fast.numpy.token_logps(unaligned, Y.numpy())
+    with pytest.raises(ValueError, match="native byte order"):
+        dpo_fast.numpy.token_logps(X.numpy().astype(">f4"), Y.numpy())
+    read_only = X.numpy().copy()
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="can be written"):
+        dpo_fast.numpy.dpo_loss(read_only, Y.numpy(), with_grad=True, inplace_backward=True)
+    with pytest.raises(ValueError, match="share memory"):
+        dpo_fast.numpy.dpo_loss(
+            np.lib.stride_tricks.as_strided(X.numpy().copy(), (4, 3, 5), (0, 20, 4)),
+            Y.numpy(),
+            with_grad=True,
+            inplace_backward=True,
+        )
+
+
+def test_threads_must_be_positive():
+    with pytest.raises(ValueError, match="at least 1"):
+        dpo_fast.set_num_threads(0)
