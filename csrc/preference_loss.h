@@ -51,8 +51,7 @@ DPO_FAST_HD PairLoss sigmoid_loss(double lr_chosen, double lr_rejected, const Lo
 
 DPO_FAST_HD PairLoss preference_loss(double lr_chosen, double lr_rejected, const LossOptions& o) {
   switch (o.loss_type) {
-    case kSigmoid:
-      return sigmoid_loss(lr_chosen, lr_rejected, o);
+    case kSigmoid: return sigmoid_loss(lr_chosen, lr_rejected, o);
     default:  // the callers have checked the name
       return PairLoss{NAN, NAN, NAN};
   }

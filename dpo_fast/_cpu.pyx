@@ -166,6 +166,12 @@ cdef void* allocate(int64_t count, size_t size) except NULL:
     return p
 
 
+cdef int refuse_null(uintptr_t address, int64_t count, str name) except -1:
+    if address == 0 and count > 0:
+        raise ValueError(f"{name} has no memory (a fake or meta tensor?)")
+    return 0
+
+
 cdef Rows make_rows(tuple spec) except *:
     cdef Rows rows
     cdef int64_t n_seqs
@@ -174,8 +180,8 @@ cdef Rows make_rows(tuple spec) except *:
      rows.vocab, targets, rows.n_targets, row_mask, weights, rows.ignore_index, rows.transform.logit_scale,
      rows.transform.temperature, rows.transform.softcap) = spec
     rows.n_rows = n_seqs * rows.rows_per_seq
-    if rows.n_rows > 0 and (logits == 0 or targets == 0):
-        raise ValueError("logits and targets have no memory (a fake or meta tensor?)")
+    refuse_null(logits, rows.n_rows, "logits")
+    refuse_null(targets, rows.n_rows * rows.n_targets, "targets")
     rows.logits = <char*>logits
     rows.targets = <const int64_t*>targets
     rows.row_mask = <const uint8_t*>row_mask
@@ -294,6 +300,8 @@ cdef int run_forward(const Rows* rows, const TokenArrays* out, int threads) exce
     cdef RowPart* parts = NULL
     cdef int64_t n_kept
     try:
+        refuse_null(<uintptr_t>out.logps, rows.n_rows * rows.n_targets, "logps")
+        refuse_null(<uintptr_t>out.stats, rows.n_rows, "stats")
         n_kept = find_kept(rows, kept)
         parts = <RowPart*>allocate(n_kept * pieces_per_row(rows[0]), sizeof(RowPart))
         with nogil:
@@ -358,6 +366,17 @@ cdef void spread_to_rows(
             g = g / norm if norm != 0 else 0
         for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
             grad_rows[row] = g * load_float(rows.weights, row, rows.wide) if rows.weights != NULL else g
+
+
+cdef int refuse_null_losses(
+    int64_t n_pairs, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
+    uintptr_t pair_grads,
+) except -1:
+    refuse_null(loss, 1, "loss")
+    refuse_null(losses, n_pairs, "losses")
+    refuse_null(chosen_rewards, n_pairs, "chosen_rewards")
+    refuse_null(rejected_rewards, n_pairs, "rejected_rewards")
+    return refuse_null(pair_grads, n_pairs, "pair_grads")
 
 
 cdef void pair_losses(
@@ -435,6 +454,7 @@ def sequence_forward(tuple rows, tuple seqs, int threads, uintptr_t logps, uintp
     cdef TokenArrays out = make_arrays(logps, stats, 0, 0, 0, 0)
     cdef double* sums = NULL
     cdef int64_t s
+    refuse_null(seq_logps, q.n_seqs, "seq_logps")
     run_forward(&r, &out, threads)
     try:
         sums = <double*>allocate(q.n_seqs, sizeof(double))
@@ -458,6 +478,8 @@ def dpo_forward(
     cdef TokenArrays out = make_arrays(logps, stats, 0, 0, 0, 0)
     cdef double* sums = NULL
     cdef int64_t s
+    refuse_null(seq_logps, q.n_seqs, "seq_logps")
+    refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
     run_forward(&r, &out, threads)
     try:
         sums = <double*>allocate(q.n_seqs, sizeof(double))
@@ -492,8 +514,11 @@ def backward(
     grads.logps = <const void*>grad_token_logps
     grads.entropy = <const void*>grad_entropy
     grads.row = NULL
-    if r.n_rows > 0 and grad_logits == 0:
-        raise ValueError("the gradient of the logits has no memory (a fake or meta tensor?)")
+    refuse_null(grad_logits, r.n_rows, "grad_logits")
+    refuse_null(logps, r.n_rows * r.n_targets, "logps")
+    refuse_null(stats, r.n_rows, "stats")
+    if grads.entropy != NULL:
+        refuse_null(entropy, r.n_rows, "entropy")
     out.data = <char*>grad_logits
     out.seq_stride = grad_seq_stride
     out.row_stride = grad_row_stride
@@ -505,8 +530,10 @@ def backward(
             grad_rows = <double*>allocate(r.n_rows, sizeof(double))
             if loss_spec is not None:
                 p = make_pairs(loss_spec, q.n_seqs)
+                refuse_null(pair_grads, p.n_pairs, "pair_grads")
             else:
                 p.n_pairs = 0
+                p.mean = False
             pair_grads_to_seqs(
                 &p, <const double*>pair_grads, <const void*>grad_loss, <const void*>grad_losses,
                 <const void*>grad_seq_logps, q.n_seqs, r.wide, grad_seq,
@@ -526,8 +553,11 @@ def preference_forward(
 ):
     """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`."""
     cdef Pairs p = make_pairs(loss_spec, n_seqs)
-    cdef double* values = <double*>allocate(n_seqs, sizeof(double))
+    cdef double* values
     cdef int64_t s
+    refuse_null(logps, n_seqs, "logps")
+    refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
+    values = <double*>allocate(n_seqs, sizeof(double))
     for s in range(n_seqs):
         values[s] = load_float(<const void*>logps, s, wide)
     pair_losses(
@@ -543,8 +573,11 @@ def preference_backward(
 ):
     """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses (0: none)."""
     cdef Pairs p = make_pairs(loss_spec, n_seqs)
-    cdef double* grad_seq = <double*>allocate(n_seqs, sizeof(double))
+    cdef double* grad_seq
     cdef int64_t s
+    refuse_null(pair_grads, p.n_pairs, "pair_grads")
+    refuse_null(grad_logps, n_seqs, "grad_logps")
+    grad_seq = <double*>allocate(n_seqs, sizeof(double))
     pair_grads_to_seqs(
         &p, <const double*>pair_grads, <const void*>grad_loss, <const void*>grad_losses, NULL, n_seqs, wide, grad_seq
     )

@@ -40,7 +40,7 @@ class _TokenLogps(torch.autograd.Function):
         out = torch.ops.dpo_fast.token_forward(logits, targets, row_mask, *options, *want)
         logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs = out
         ctx.save_for_backward(logits, targets, row_mask, logps, stats, entropy)
-        ctx.options, ctx.inplace_backward = options, inplace_backward
+        ctx.options, ctx.inplace_backward, ctx.has_entropy = options, inplace_backward, want[0]
         ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
         ctx.set_materialize_grads(False)
         # copies of [N] numbers: what is saved stays whole when the caller changes the output in place
@@ -50,11 +50,11 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         logits, targets, row_mask, logps, stats, entropy = ctx.saved_tensors
+        if not ctx.has_entropy:  # torch.compile gives zeros where there was no gradient
+            entropy = grad_entropy = None
         if grad_logps is None and grad_entropy is None:
             return (None,) * 6
         args = (logits, targets, row_mask, *ctx.options, logps, stats, entropy, grad_logps, grad_entropy)
-        if grad_entropy is None:
-            args = (*args[:-3], None, grad_logps, None)
         if ctx.inplace_backward:
             torch.ops.dpo_fast.token_backward_(*args)
             return (logits.detach(), *(None,) * 5)

@@ -38,7 +38,9 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
 
 
-def assert_accurate(actual: Tensor, exact: np.ndarray, naive: Tensor | None, dtype: torch.dtype, what: str = "") -> None:
+def assert_accurate(
+    actual: Tensor, exact: np.ndarray, naive: Tensor | None, dtype: torch.dtype, what: str = ""
+) -> None:
     """|actual - exact| <= max |naive - exact| + SLACK + half a unit in the last place of the result's own type."""
     assert tuple(actual.shape) == np.shape(exact), (what, tuple(actual.shape), np.shape(exact))
     if not actual.numel():
@@ -121,7 +123,9 @@ def naive_sequence_logps(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | N
     logps = naive_token_logps(logits, targets)
     if cu_seqlens is None:
         return logps.sum(-1)
-    return torch.stack([logps[a:b].sum() for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)])
+    return torch.stack(
+        [logps[a:b].sum() for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    )
 
 
 def naive_dpo_loss(logps: Tensor, ref: Tensor, pairs: Tensor, beta: float = 0.1) -> Tensor:

@@ -167,7 +167,9 @@ def test_operators_called_directly_check_too():
     with pytest.raises(ValueError, match="grad_seq_logps must have shape"):
         ops.sequence_backward(X, Y, None, None, False, *options, logps, stats, torch.ones(2))
     with pytest.raises(ValueError, match="pair_grads must have shape"):
-        ops.dpo_backward(X, Y, None, None, False, None, *options, True, logps, stats, torch.ones(1, 2), None, None, None)
+        ops.dpo_backward(
+            X, Y, None, None, False, None, *options, True, logps, stats, torch.ones(1, 2), None, None, None
+        )
     with pytest.raises(ValueError, match="pair_grads must have shape"):
         ops.preference_backward(torch.ones(4), None, True, torch.ones(1, 2), None, None)
 

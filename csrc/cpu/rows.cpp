@@ -106,13 +106,14 @@ char* row_grad_logits(const Rows& rows, int64_t row, const GradTensor& out) {
 
 // The logit of token v in the shift domain.
 double logit_value(const Rows& rows, const char* x, int64_t v) {
-  return rows.kernels->value[rows.logit_type][rows.transform_kind](x + v * rows.vocab_stride * rows.logit_bytes,
-                                                                   rows.transform);
+  return rows.kernels->types[rows.logit_type].value[rows.transform_kind](x + v * rows.vocab_stride * rows.logit_bytes,
+                                                                         rows.transform);
 }
 
 // The logit of token v itself.
 double raw_logit(const Rows& rows, const char* x, int64_t v) {
-  return rows.kernels->value[rows.logit_type][kPlain](x + v * rows.vocab_stride * rows.logit_bytes, rows.transform);
+  return rows.kernels->types[rows.logit_type].value[kPlain](x + v * rows.vocab_stride * rows.logit_bytes,
+                                                            rows.transform);
 }
 
 }  // namespace
@@ -131,8 +132,8 @@ int row_state(const Rows& rows, int64_t row) {
 void forward_piece(const Rows& rows, int64_t row, int64_t piece, bool extras, RowPart* part) {
   const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
   const char* x = row_logits(rows, row) + start * rows.vocab_stride * rows.logit_bytes;
-  *part = rows.kernels->forward[rows.logit_type][rows.transform_kind][extras](x, rows.vocab_stride, size,
-                                                                              rows.transform);
+  *part = rows.kernels->types[rows.logit_type].forward[rows.transform_kind][extras](x, rows.vocab_stride, size,
+                                                                                    rows.transform);
   if (part->argmax >= 0) part->argmax += start;
 }
 
@@ -174,7 +175,8 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
   char* dx = row_grad_logits(rows, row, out);
 
   auto target_grad_logp = [&](int64_t k) {
-    return (grads.row ? grads.row[row] : 0) + (grads.logps ? load_float(grads.logps, row * n_targets + k, rows.wide) : 0);
+    return (grads.row ? grads.row[row] : 0) +
+           (grads.logps ? load_float(grads.logps, row * n_targets + k, rows.wide) : 0);
   };
   double row_grad_logp = 0;
   for (int64_t k = 0; k < n_targets; ++k) row_grad_logp += target_grad_logp(k);
@@ -206,7 +208,7 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
     }
   }
 
-  rows.kernels->backward[rows.logit_type][rows.transform_kind][h != 0](
+  rows.kernels->types[rows.logit_type].backward[rows.transform_kind][h != 0](
       x + start * rows.vocab_stride * rows.logit_bytes, rows.vocab_stride,
       dx + start * out.vocab_stride * rows.logit_bytes, out.vocab_stride, end - start, rows.transform, grad);
 

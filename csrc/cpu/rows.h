@@ -18,17 +18,21 @@ constexpr int kTransformKinds = 3;
 
 constexpr int64_t kPieceLogits = 32768;
 
-// The functions of one instruction set, by logit type and transform. Strides are in elements.
+// The functions for one type of logits, by transform. Strides are in elements.
+struct TypeKernels {
+  // Partial sums over n logits; the last index: with those for entropy, mean, argmax and squares.
+  RowPart (*forward[kTransformKinds][2])(const void* x, int64_t stride, int64_t n, const LogitTransform& transform);
+  // dx[i] for n logits, without the true-class terms. dx may be x. The last index: with an entropy gradient.
+  void (*backward[kTransformKinds][2])(const void* x, int64_t stride, void* dx, int64_t dx_stride, int64_t n,
+                                       const LogitTransform& transform, const RowGrad& grad);
+  // One logit in the shift domain.
+  double (*value[kTransformKinds])(const void* x, const LogitTransform& transform);
+};
+
+// The functions of one instruction set.
 struct RowKernels {
   const char* isa;
-  // Partial sums over n logits; with `extras` also those for entropy, mean, argmax and squares.
-  RowPart (*forward[kLogitTypes][kTransformKinds][2])(const void* x, int64_t stride, int64_t n,
-                                                      const LogitTransform& transform);
-  // dx[i] for n logits, without the true-class terms. dx may be x. The last index: with an entropy gradient.
-  void (*backward[kLogitTypes][kTransformKinds][2])(const void* x, int64_t stride, void* dx, int64_t dx_stride,
-                                                    int64_t n, const LogitTransform& transform, const RowGrad& grad);
-  // One logit in the shift domain.
-  double (*value[kLogitTypes][kTransformKinds])(const void* x, const LogitTransform& transform);
+  TypeKernels types[kLogitTypes];
   // y[i] = exp(x[i]) for n floats or doubles, as the kernels compute it (half: the shorter polynomial); for tests.
   void (*exp_float)(const float* x, float* y, int64_t n, bool half);
   void (*exp_double)(const double* x, double* y, int64_t n);

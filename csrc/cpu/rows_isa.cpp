@@ -18,8 +18,8 @@ constexpr double kSlack = 8;
 template <class V>
 struct Consts {
   using Scalar = typename VecTraits<V>::Scalar;
-  V scale;                         // kScaled: from the shift domain to z
-  V pre, cap, post, slope;         // kCapped: u = x * pre, z = tanh(u) * post, dz/dx = slope * (1 - tanh(u)^2)
+  V scale;                  // kScaled: from the shift domain to z
+  V pre, cap, post, slope;  // kCapped: u = x * pre, z = tanh(u) * post, dz/dx = slope * (1 - tanh(u)^2)
   explicit Consts(const LogitTransform& t)
       : scale(splat<V>((Scalar)(t.logit_scale / t.temperature))),
         pre(splat<V>((Scalar)(t.softcap > 0 ? t.logit_scale / t.softcap : 0))),
@@ -197,8 +197,7 @@ DPO_FAST_INLINE void backward_turn(const typename Io::Storage* x, typename Io::S
     const V d = to_z<kKind>(y - shift, c);
     const V e = exponential<Io::kShortExp>(d);
     V factor = coef;
-    if constexpr (kEntropy)
-      factor = multiply_add(entropy_coef, maximum(splat<V>(kExpLow<V>), d) - mean_d, coef);
+    if constexpr (kEntropy) factor = multiply_add(entropy_coef, maximum(splat<V>(kExpLow<V>), d) - mean_d, coef);
     V dz = e * factor;
     if constexpr (kKind == kCapped) dz *= slope;
     v[k] = dz;
@@ -257,11 +256,19 @@ void exp_double(const double* x, double* y, int64_t n) {
   }
 }
 
-#define DPO_FAST_BY_KIND(function, Io) {function<Io, kPlain>, function<Io, kScaled>, function<Io, kCapped>}
-#define DPO_FAST_BY_KIND_AND_FLAG(function, Io)                                   \
-  {{function<Io, kPlain, false>, function<Io, kPlain, true>},                     \
-   {function<Io, kScaled, false>, function<Io, kScaled, true>},                   \
-   {function<Io, kCapped, false>, function<Io, kCapped, true>}}
+template <class Io>
+constexpr TypeKernels type_kernels() {
+  return {
+      {{forward<Io, kPlain, false>, forward<Io, kPlain, true>},
+       {forward<Io, kScaled, false>, forward<Io, kScaled, true>},
+       {forward<Io, kCapped, false>, forward<Io, kCapped, true>}},
+      {{backward<Io, kPlain, false>, backward<Io, kPlain, true>},
+       {backward<Io, kScaled, false>, backward<Io, kScaled, true>},
+       {backward<Io, kCapped, false>, backward<Io, kCapped, true>}},
+      {value<Io, kPlain>, value<Io, kScaled>, value<Io, kCapped>},
+  };
+}
+
 #define DPO_FAST_STRING_(x) #x
 #define DPO_FAST_STRING(x) DPO_FAST_STRING_(x)
 
@@ -270,12 +277,7 @@ void exp_double(const double* x, double* y, int64_t n) {
 extern const RowKernels kKernels;
 const RowKernels kKernels = {
     DPO_FAST_STRING(DPO_FAST_ISA),
-    {DPO_FAST_BY_KIND_AND_FLAG(forward, Float32), DPO_FAST_BY_KIND_AND_FLAG(forward, Float64),
-     DPO_FAST_BY_KIND_AND_FLAG(forward, BFloat16), DPO_FAST_BY_KIND_AND_FLAG(forward, Float16)},
-    {DPO_FAST_BY_KIND_AND_FLAG(backward, Float32), DPO_FAST_BY_KIND_AND_FLAG(backward, Float64),
-     DPO_FAST_BY_KIND_AND_FLAG(backward, BFloat16), DPO_FAST_BY_KIND_AND_FLAG(backward, Float16)},
-    {DPO_FAST_BY_KIND(value, Float32), DPO_FAST_BY_KIND(value, Float64), DPO_FAST_BY_KIND(value, BFloat16),
-     DPO_FAST_BY_KIND(value, Float16)},
+    {type_kernels<Float32>(), type_kernels<Float64>(), type_kernels<BFloat16>(), type_kernels<Float16>()},
     exp_float,
     exp_double,
 };

