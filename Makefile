@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test sanitize lint format clean
 
 help:
-	@echo "make demo    fine-tune SmolLM2-135M by DPO, plain torch beside dpo_fast; ends with demo/report.png"
-	@echo "make test    build and run the whole test suite"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make format  rewrite the sources in the project's format"
-	@echo "make clean   remove what was built (not $(VENV))"
+	@echo "make demo      fine-tune SmolLM2-135M by DPO, plain torch beside dpo_fast; ends with demo/report.png"
+	@echo "make test      build and run the whole test suite"
+	@echo "make sanitize  run the kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    rewrite the sources in the project's format"
+	@echo "make clean     remove what was built (not $(VENV))"
 
 $(VENV)/installed: requirements/dev.txt requirements/model.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dpo_fast needs Python 3.11 or later, found " + sys.version.split()[0] + ": set PYTHON")'
@@ -33,6 +34,9 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTS)
+
+sanitize: $(VENV)/built
+	VENV=$(VENV) tools/sanitize.sh
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
