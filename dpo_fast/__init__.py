@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_fast._native import get_num_threads, set_num_threads
     from dpo_fast.collate import completion_targets
+    from dpo_fast.linear import linear_dpo_loss, linear_plan, linear_sequence_logps, linear_token_logps
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
@@ -23,6 +24,10 @@ _MODULE_OF = {
     "completion_targets": "collate",
     "dpo_loss": "losses",
     "get_num_threads": "_native",
+    "linear_dpo_loss": "linear",
+    "linear_plan": "linear",
+    "linear_sequence_logps": "linear",
+    "linear_token_logps": "linear",
     "preference_loss": "losses",
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
@@ -36,6 +41,10 @@ __all__ = [
     "completion_targets",
     "dpo_loss",
     "get_num_threads",
+    "linear_dpo_loss",
+    "linear_plan",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "preference_loss",
     "selective_log_softmax",
     "sequence_logps",

@@ -112,17 +112,18 @@ def overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return False
 
 
-def sequence_count(logits: Sequence[int], cu_seqlens: Sequence[int] | None) -> int:
-    """The number of sequences: the first dimension, or what cu_seqlens says of packed rows."""
+def sequence_count(shape: Sequence[int], cu_seqlens: Sequence[int] | None, name: str = "logits") -> int:
+    """The number of sequences of logits (or hidden states): the first dimension, or by cu_seqlens for packed rows."""
+    last = "V" if name == "logits" else "H"
     if cu_seqlens is None:
-        if len(logits) != 3:
+        if len(shape) != 3:
             raise ValueError(
-                f"packed logits [N, V] need cu_seqlens [S + 1]; without it logits must have shape [S, T, V], found "
-                f"{tuple(logits)}"
+                f"packed {name} [N, {last}] need cu_seqlens [S + 1]; without it {name} must have shape [S, T, {last}], "
+                f"found {tuple(shape)}"
             )
-        return logits[0]
-    if len(logits) == 3 and logits[0] != 1:
-        raise ValueError(f"with cu_seqlens logits must have shape [N, V] or [1, N, V], found {tuple(logits)}")
+        return shape[0]
+    if len(shape) == 3 and shape[0] != 1:
+        raise ValueError(f"with cu_seqlens {name} must have shape [N, {last}] or [1, N, {last}], found {tuple(shape)}")
     if len(cu_seqlens) != 1 or cu_seqlens[0] < 1:
         raise ValueError(f"cu_seqlens must have shape [S + 1], found {tuple(cu_seqlens)}")
     return cu_seqlens[0] - 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_fast._checks import LOSS_TYPES, LogitOptions
+from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors
 
 # Logits of a chunk, which exist a few times over in float32.
 CHUNK_LOGITS = 1 << 24
@@ -32,11 +32,6 @@ def _chunks(logits: Tensor) -> Iterator[tuple[Any, ...]]:
         for start in range(0, logits.shape[-2], rows):
             part = slice(start, start + rows)
             yield (part,) if seq is None else (seq, part)
-
-
-def _kept(targets: Tensor, ignore_index: int, weights: Tensor | None) -> Tensor:
-    kept = targets != ignore_index
-    return kept if weights is None else kept & (weights != 0)
 
 
 def _bad(logits: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
@@ -165,41 +160,6 @@ def token_backward_into(grad: Tensor, logits: Tensor, targets: Tensor, row_mask:
     )
 
 
-def _factors(targets: Tensor, weights: Tensor | None, kept: Tensor, dtype: torch.dtype) -> Tensor:
-    if weights is None:
-        return kept.to(dtype)
-    return torch.where(kept, weights.to(dtype), torch.zeros((), dtype=dtype, device=targets.device))
-
-
-def _sum_by_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    if cu_seqlens is None:
-        return values.sum(-1)
-    values = values.reshape(-1)
-    return torch.segment_reduce(values, "sum", offsets=_check_cu_seqlens(cu_seqlens, values.shape[0]), initial=0)
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> Tensor:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != n_rows or any(b < a for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {n_rows}, found {bounds}")
-    return cu_seqlens.long()
-
-
-def _spread(values: Tensor, cu_seqlens: Tensor | None, shape: torch.Size) -> Tensor:
-    """One number per sequence -> one per row."""
-    if cu_seqlens is None:
-        return values.unsqueeze(-1).expand(shape)
-    return torch.repeat_interleave(values, cu_seqlens.long().diff()).reshape(shape)
-
-
-def _normalised(factors: Tensor, cu_seqlens: Tensor | None, average: bool) -> Tensor:
-    if not average:
-        return factors
-    total = _sum_by_sequence(factors, cu_seqlens)
-    inverse = torch.where(total == 0, torch.zeros_like(total), 1 / total)
-    return factors * _spread(inverse, cu_seqlens, factors.shape)
-
-
 def sequence_forward(
     logits: Tensor,
     targets: Tensor,
@@ -210,11 +170,11 @@ def sequence_forward(
 ) -> tuple[Tensor, ...]:
     """See ops.py."""
     opts = LogitOptions(*options)
-    kept = _kept(targets, opts.ignore_index, token_weights)
+    kept = kept_rows(targets, opts.ignore_index, token_weights)
     logps, stats = _rows_forward(logits, targets.long().unsqueeze(-1), kept, opts)[:2]
     logps = logps.squeeze(-1)
-    factors = _normalised(_factors(targets, token_weights, kept, logps.dtype), cu_seqlens, average)
-    return _sum_by_sequence(logps * factors, cu_seqlens), logps, stats
+    factors = token_factors(kept, token_weights, cu_seqlens, average, logps.dtype)
+    return sum_by_sequence(logps * factors, cu_seqlens), logps, stats
 
 
 def sequence_backward_into(
@@ -228,9 +188,9 @@ def sequence_backward_into(
 ) -> None:
     """See ops.py."""
     options, (logps, stats, grad_seq_logps) = LogitOptions(*rest[:4]), rest[4:]
-    kept = _kept(targets, options.ignore_index, token_weights)
-    factors = _normalised(_factors(targets, token_weights, kept, logps.dtype), cu_seqlens, average)
-    g = factors * _spread(grad_seq_logps.to(factors.dtype), cu_seqlens, factors.shape)
+    kept = kept_rows(targets, options.ignore_index, token_weights)
+    factors = token_factors(kept, token_weights, cu_seqlens, average, logps.dtype)
+    g = factors * spread_to_rows(grad_seq_logps.to(factors.dtype), cu_seqlens, factors.shape)
     _rows_backward(
         grad,
         logits,

@@ -54,24 +54,31 @@ SCHEMAS = {
 _lib = torch.library.Library("dpo_fast", "DEF")
 
 
+def define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines an operator that has one implementation for all devices."""
+    _lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dpo_fast::{name}", fake, lib=_lib)
+
+
 def _define(
     name: str, schema: str, cpu: Callable[..., Any], other: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    _lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    define(name, schema, other, fake)
     _lib.impl(name, cpu, "CPU")
-    _lib.impl(name, other, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dpo_fast::{name}", fake, lib=_lib)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_like_logits(name: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
-        raise ValueError(f"{name} must be on the logits' device, {logits.device}, found {tensor.device}")
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str = "logits") -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, found {tensor.device}")
 
 
-def _check_integers(name: str, tensor: Tensor) -> None:
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the tensor holds integers."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
         raise TypeError(f"{name} must be integers, found {tensor.dtype}")
 
@@ -96,40 +103,47 @@ def check_rows(logits: Tensor, targets: Tensor, row_mask: Tensor | None = None) 
     """Checks logits [..., V] with targets [...] or [..., K] and row_mask [...]."""
     _checks.check_logits_shape(logits.shape)
     _check_logits_type("logits", logits)
-    _check_integers("targets", targets)
-    _check_like_logits("targets", targets, logits)
+    check_integers("targets", targets)
+    check_device("targets", targets, logits)
     lead: tuple[int, ...] = tuple(logits.shape[:-1])
     if targets.dim() == logits.dim():
         lead = (*lead, targets.shape[-1])
     check_shape("targets", targets.shape, lead, f"to fit logits of shape {tuple(logits.shape)}")
     if row_mask is not None:
-        _check_like_logits("row_mask", row_mask, logits)
+        check_device("row_mask", row_mask, logits)
         check_shape("row_mask", row_mask.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
+
+
+def check_sequence_arguments(
+    like: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, like_name: str = "logits"
+) -> int:
+    """Checks what groups and weights the rows of `like` (logits or hidden states); returns the number of sequences."""
+    if cu_seqlens is not None:
+        check_integers("cu_seqlens", cu_seqlens)
+        check_device("cu_seqlens", cu_seqlens, like, like_name)
+    if token_weights is not None:
+        _check_real("token_weights", token_weights)
+        check_device("token_weights", token_weights, like, like_name)
+        check_shape("token_weights", token_weights.shape, targets.shape, "as targets have")
+    return _checks.sequence_count(like.shape, None if cu_seqlens is None else cu_seqlens.shape, like_name)
 
 
 def _check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None) -> int:
     """Checks one target per row, and what groups and weights the rows; returns the number of sequences."""
     check_rows(logits, targets)
     check_shape("targets", targets.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
-    if cu_seqlens is not None:
-        _check_integers("cu_seqlens", cu_seqlens)
-        _check_like_logits("cu_seqlens", cu_seqlens, logits)
-    if token_weights is not None:
-        _check_real("token_weights", token_weights)
-        _check_like_logits("token_weights", token_weights, logits)
-        check_shape("token_weights", token_weights.shape, targets.shape, "as targets have")
-    return _checks.sequence_count(logits.shape, None if cu_seqlens is None else cu_seqlens.shape)
+    return check_sequence_arguments(logits, targets, cu_seqlens, token_weights)
 
 
-def _check_pairs(like: Tensor, n_seqs: int, pairs: Tensor | None, ref_logps: Tensor | None = None) -> int:
+def check_pairs(like: Tensor, n_seqs: int, pairs: Tensor | None, ref_logps: Tensor | None = None) -> int:
     """Checks pairs and ref_logps against n_seqs sequences; returns the number of pairs."""
     if pairs is not None:
-        _check_integers("pairs", pairs)
-        _check_like_logits("pairs", pairs, like)
+        check_integers("pairs", pairs)
+        check_device("pairs", pairs, like)
     if ref_logps is not None:
         if not ref_logps.is_floating_point():
             raise TypeError(f"ref_logps must be floating-point numbers, found {ref_logps.dtype}")
-        _check_like_logits("ref_logps", ref_logps, like)
+        check_device("ref_logps", ref_logps, like)
         check_shape("ref_logps", ref_logps.shape, (n_seqs,), "with one log-prob per sequence")
     return _checks.pair_count(n_seqs, None if pairs is None else pairs.shape)
 
@@ -382,7 +396,7 @@ def _dpo_outputs(
     pairs: Tensor | None,
 ) -> tuple[Tensor, ...]:
     seqs = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
-    n_pairs = _check_pairs(logits, seqs[0].shape[0], pairs, ref_logps)
+    n_pairs = check_pairs(logits, seqs[0].shape[0], pairs, ref_logps)
     losses = _loss_outputs(logits, _wide(logits.dtype), n_pairs)
     return (*losses, *seqs, _new(logits, (n_pairs, 2), torch.float64))
 
@@ -456,7 +470,7 @@ def _dpo_backward_into(
     grad_seq_logps: Tensor | None,
 ) -> None:
     n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
-    n_pairs = _check_pairs(logits, n_seqs, pairs)
+    n_pairs = check_pairs(logits, n_seqs, pairs)
     _check_saved(logits, targets, logps, stats)
     _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
     if grad_seq_logps is not None:
@@ -489,7 +503,7 @@ def _preference_outputs(logps: Tensor, ref_logps: Tensor | None, pairs: Tensor |
         raise TypeError(f"logps must be torch.float32 or torch.float64, found {logps.dtype}")
     if logps.dim() != 1:
         raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
-    n_pairs = _check_pairs(logps, logps.shape[0], pairs, ref_logps)
+    n_pairs = check_pairs(logps, logps.shape[0], pairs, ref_logps)
     return (*_loss_outputs(logps, logps.dtype, n_pairs), _new(logps, (n_pairs, 2), torch.float64))
 
 
@@ -527,7 +541,7 @@ def _preference_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
 ) -> Tensor:
-    n_pairs = _check_pairs(logps, logps.shape[0], pairs)
+    n_pairs = check_pairs(logps, logps.shape[0], pairs)
     _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
     grad = _preference_backward_fake(logps)
     call = _Call(logps.dtype)

@@ -39,9 +39,12 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def assert_accurate(
-    actual: Tensor, exact: np.ndarray, naive: Tensor | None, dtype: torch.dtype, what: str = ""
+    actual: Tensor, exact: np.ndarray, naive: Tensor | None, dtype: torch.dtype, what: str = "", roundings: int = 1
 ) -> None:
-    """|actual - exact| <= max |naive - exact| + SLACK + half a unit in the last place of the result's own type."""
+    """|actual - exact| <= max |naive - exact| + SLACK + the result's own rounding.
+
+    `roundings`: of how many roundings the result is the sum (tiles added up in float32).
+    """
     assert tuple(actual.shape) == np.shape(exact), (what, tuple(actual.shape), np.shape(exact))
     if not actual.numel():
         return
@@ -51,7 +54,7 @@ def assert_accurate(
         error = np.where(found == np.asarray(exact).astype(found.dtype), 0, np.abs(found.astype(np.float64) - exact))
     own = 0.0 if naive is None else np.abs(to_numpy(naive).astype(np.float64) - exact).max()
     own = own if np.isfinite(own) else 0.0  # where the naive expression overflows, the kernels must not
-    bound = own + SLACK[dtype] + torch.finfo(actual.dtype).eps / 2 * np.abs(exact)
+    bound = own + SLACK[dtype] + roundings * torch.finfo(actual.dtype).eps / 2 * np.abs(exact)
     if not (error <= bound).all():  # also for NaN
         worst = np.unravel_index(np.argmax(np.nan_to_num(error - bound, nan=np.inf)), error.shape)
         raise AssertionError(f"{what}{list(worst)}: {found[worst]}, exactly {np.asarray(exact)[worst]}")

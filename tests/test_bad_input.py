@@ -96,9 +96,9 @@ def test_error(kind, message, call):
 
 
 def test_mixed_devices():
-    with pytest.raises(ValueError, match=r"targets must be on the logits' device, cpu, found meta"):
+    with pytest.raises(ValueError, match=r"targets must be on the device of logits, cpu, found meta"):
         dpo_fast.token_logps(X, Y.to("meta"))
-    with pytest.raises(ValueError, match=r"ref_logps must be on the logits' device, cpu, found meta"):
+    with pytest.raises(ValueError, match=r"ref_logps must be on the device of logits, cpu, found meta"):
         dpo_fast.dpo_loss(X, Y, torch.ones(4, device="meta"))
 
 

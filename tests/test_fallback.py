@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import LAYOUTS, assert_accurate, make_case, naive_sequence_logps, random_pairs, to_numpy
 
-from dpo_fast import fallback, reference
+from dpo_fast import fallback, ops, reference  # noqa: F401  (ops defines torch.ops.dpo_fast)
 
 LOSS = (0, 0.1, 0.2, True)
 
