@@ -13,6 +13,7 @@ Report = dict[str, Any]
 RUNS = ("naive", "dpo_fast")
 COLORS = {"naive": "#d98c3f", "dpo_fast": "#1f5f99"}
 LOSS_COLOR, REST_COLOR = "#b5443a", "#c9ced4"
+LOSS_FROM = {"logits": "the logits", "fused": "the hidden states"}
 # The kernel counts resident pages in batches, so a growth below this cannot be told from none.
 SMALLEST_MB = 1.0
 # The model's and the optimizer's work is the same in both runs: a larger ratio of their times comes from elsewhere.
@@ -138,7 +139,7 @@ def draw(report: Report, path: Path) -> None:
     figure.suptitle(
         f"DPO on {settings['model']}, {settings['dtype']}, {settings['hardware']}\n"
         f"{settings['batch_size']} pairs a step, up to {settings['max_length']} tokens, "
-        f"vocabulary {settings['vocabulary']:,}",
+        f"vocabulary {settings['vocabulary']:,}, loss from {LOSS_FROM[settings['head']]}",
         fontsize=12,
     )
     numbers = range(1, settings["steps"] + 1)

@@ -79,6 +79,24 @@ def dpo_fast_loss(logits: Tensor, targets: Tensor, ref_logps: Tensor, beta: floa
 LossFunction = Callable[[Tensor, Tensor, Tensor, float], Loss]
 
 
+def losses_of(model: Any, args: argparse.Namespace) -> dict[str, LossFunction]:
+    """Returns both losses: of the logits or, with --head fused, of the hidden states, with the LM head inside."""
+    if args.head == "logits":
+        return {"naive": naive_loss, "dpo_fast": dpo_fast_loss}
+    head = model.get_output_embeddings()
+
+    def naive(hidden: Tensor, targets: Tensor, ref_logps: Tensor, beta: float) -> Loss:
+        with autocast(hidden.device, args.dtype):
+            return naive_loss(head(hidden), targets, ref_logps, beta)
+
+    def fused(hidden: Tensor, targets: Tensor, ref_logps: Tensor, beta: float) -> Loss:
+        with autocast(hidden.device, args.dtype):
+            out = dpo_fast.linear_dpo_loss(hidden, head.weight, targets, ref_logps, bias=head.bias, beta=beta)
+        return Loss(out.loss, out.chosen_rewards, out.rejected_rewards)
+
+    return {"naive": naive, "dpo_fast": fused}
+
+
 # --- The model ----------------------------------------------------------------------------------------------------
 
 
@@ -134,10 +152,18 @@ def load_model(folder: Path, gguf_file: str | None, device: torch.device) -> tup
     return model.to(device), tokenizer
 
 
-def forward(model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Returns the logits [S, T, V] in the dtype asked for; the weights stay in float32."""
-    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision for bfloat16, nothing for float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def forward(model: Any, batch: Batch, dtype: torch.dtype, head: str = "logits") -> Tensor:
+    """Returns the logits [S, T, V] in the dtype asked for, or the hidden states [S, T, H]; the weights stay float32."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    with autocast(batch.input_ids.device, dtype):
+        if head == "fused":
+            return model.base_model(**inputs).last_hidden_state
+        return model(**inputs).logits
 
 
 @torch.no_grad()
@@ -226,16 +252,16 @@ class RunLog:
     loss_peak_mb: list[float] = field(default_factory=list)
 
 
-def loss_and_gradient(loss_function: LossFunction, logits: Tensor, *args: Any) -> tuple[Loss, Tensor, LossProbe]:
-    """Measures a loss and its gradient with respect to the logits, apart from the model."""
-    # In your own loop this is `out = loss_function(logits, ...); out.loss.backward()`. Here the backward pass is split
-    # at the logits only so that the loss can be timed alone; the caller continues with logits.backward(gradient).
-    logits_leaf = logits.detach().requires_grad_()
-    with LossProbe(logits.device) as probe:
-        out = loss_function(logits_leaf, *args)
+def loss_and_gradient(loss_function: LossFunction, outputs: Tensor, *args: Any) -> tuple[Loss, Tensor, LossProbe]:
+    """Measures a loss and its gradient with respect to the model's outputs (logits or hidden states)."""
+    # In your own loop this is `out = loss_function(outputs, ...); out.loss.backward()`. Here the backward pass is split
+    # only so that the loss can be timed apart from the model; the caller continues with outputs.backward(gradient).
+    leaf = outputs.detach().requires_grad_()
+    with LossProbe(outputs.device) as probe:
+        out = loss_function(leaf, *args)
         out.loss.backward()
     # without detaching, the loss would keep the leaf, the logits and the gradient alive through the next forward pass
-    return Loss(*(value.detach() for value in out)), logits_leaf.grad, probe
+    return Loss(*(value.detach() for value in out)), leaf.grad, probe
 
 
 def warm_up(
@@ -245,9 +271,9 @@ def warm_up(
     model.train()
     batch, refs = max(zip(batches, ref_logps, strict=True), key=lambda both: both[0].input_ids.numel())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    logits = forward(model, batch, args.dtype)
-    _, gradient, _ = loss_and_gradient(loss_function, logits, batch.targets, refs, args.beta)
-    logits.backward(gradient)
+    outputs = forward(model, batch, args.dtype, args.head)
+    _, gradient, _ = loss_and_gradient(loss_function, outputs, batch.targets, refs, args.beta)
+    outputs.backward(gradient)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -273,19 +299,19 @@ def train(
     for batch, refs in progress:
         synchronize(device)
         started = time.perf_counter()
-        logits = forward(model, batch, args.dtype)
+        outputs = forward(model, batch, args.dtype, args.head)
         synchronize(device)
         seconds = time.perf_counter() - started
 
-        out, gradient, probe = loss_and_gradient(loss_function, logits, batch.targets, refs, args.beta)
+        out, gradient, probe = loss_and_gradient(loss_function, outputs, batch.targets, refs, args.beta)
 
         started = time.perf_counter()
-        logits.backward(gradient)
+        outputs.backward(gradient)
         optimizer.step()
         optimizer.zero_grad()
         synchronize(device)
         seconds += time.perf_counter() - started
-        del logits, gradient
+        del outputs, gradient
 
         log.loss.append(out.loss.item())
         log.margin.append((out.chosen_rewards - out.rejected_rewards).mean().item())
@@ -344,6 +370,12 @@ def parse_args() -> argparse.Namespace:
         choices=("float32", "bfloat16"),
         default="float32",
         help="type of the logits and of the model's arithmetic (bfloat16 by autocast; the weights stay in float32)",
+    )
+    parser.add_argument(
+        "--head",
+        choices=("logits", "fused"),
+        default="logits",
+        help="where the loss begins: at the model's logits, or at its hidden states, with the LM head inside the loss",
     )
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--beta", type=positive(float), default=0.1, help="strength of the pull to the reference")
@@ -411,21 +443,22 @@ def run(args: argparse.Namespace) -> int:
     ref_logps = sequence_logps(model, all_pairs, args.dtype, "Reference")
     refs = [ref_logps[:, batch].flatten() for batch in numbers]
     say("Warm-up, with both losses: memory touched for the first time is slow, and the first run must not pay for it")
-    for loss_function in (naive_loss, dpo_fast_loss):
+    losses = losses_of(model, args)
+    for loss_function in losses.values():
         warm_up(loss_function, model, batches, refs, args)
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
     after: dict[str, dict[str, float]] = {}
     logs: dict[str, RunLog] = {}
     say(f"Training with dpo_fast: {args.steps} steps of {args.batch_size} pairs")
-    logs["dpo_fast"] = train("dpo_fast", dpo_fast_loss, model, batches, refs, args)
+    logs["dpo_fast"] = train("dpo_fast", losses["dpo_fast"], model, batches, refs, args)
     after["dpo_fast"] = rewards(sequence_logps(model, all_pairs, args.dtype, "Rewards"), ref_logps, args.beta)
 
     say("Training with plain torch: the same steps from the same weights")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(initial.pop(name))
-    logs["naive"] = train("naive", naive_loss, model, batches, refs, args)
+    logs["naive"] = train("naive", losses["naive"], model, batches, refs, args)
     after["naive"] = rewards(sequence_logps(model, all_pairs, args.dtype, "Rewards"), ref_logps, args.beta)
 
     say("Report")
@@ -440,6 +473,7 @@ def run(args: argparse.Namespace) -> int:
             "max_length": args.max_length,
             "vocabulary": model.get_output_embeddings().weight.shape[0],
             "dtype": dtype_name,
+            "head": args.head,
             "device": str(device),
             "hardware": hardware,
             "beta": args.beta,

@@ -80,9 +80,10 @@ def test_data_that_ships_is_valid_and_large_enough():
     assert len(prompts) == len(records)
 
 
-def test_two_steps_of_the_real_model(tmp_path):
+@pytest.mark.parametrize("head", ["logits", "fused"])
+def test_two_steps_of_the_real_model(tmp_path, head):
     """Loads SmolLM2, trains it twice, and the loss curves of plain torch and dpo_fast agree."""
-    run = demo("--steps", "2", "--batch-size", "1", "--max-length", "64", "--output", str(tmp_path))
+    run = demo("--steps", "2", "--batch-size", "1", "--max-length", "64", "--output", str(tmp_path), "--head", head)
     assert run.returncode == 0, run.stderr
     assert "loss forward + backward" in run.stdout
     report = json.loads((tmp_path / "report.json").read_text())
