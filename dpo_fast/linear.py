@@ -606,16 +606,24 @@ class _LinearDPOLoss(torch.autograd.Function):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
+def gather(tensor: Any) -> Any:
+    """A sharded parameter (DTensor, FSDP2) as a whole tensor, gathered once.
+
+    Ranks hold different data: its gradient is averaged over them and scattered, as FSDP does with its own parameters.
+    """
+    if tensor is None or not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+
+
 def _prepare(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """The inputs as the operators take them: gathered where sharded, in autocast's type where that is on."""
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
-    tensors: list[Any] = [
-        # a DTensor (FSDP2) is gathered once per call; its gradient is scattered again by autograd
-        tensor.full_tensor() if tensor is not None and hasattr(tensor, "full_tensor") else tensor
-        for tensor in (hidden, weight, bias, lora_a, lora_b)
-    ]
+    tensors: list[Any] = [hidden, *(gather(tensor) for tensor in (weight, bias, lora_a, lora_b))]
     kind = hidden.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
