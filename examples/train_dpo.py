@@ -145,6 +145,9 @@ def load_model(folder: Path, gguf_file: str | None, device: torch.device) -> tup
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DemoError(f"{folder / (gguf_file or '')}: transformers cannot load this model ({reason})") from None
+    if gguf_file:  # the weights are float32 now; the mark of quantization would keep trainers from training them
+        model.is_quantized, model.hf_quantizer = False, None
+        vars(model.config).pop("quantization_config", None)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML_TEMPLATE
     if tokenizer.pad_token is None:
