@@ -20,7 +20,7 @@ from helpers import (
 )
 
 import dpo_fast
-from dpo_fast import _head, linear, reference
+from dpo_fast import _head, linear_ops, reference
 
 S, T, H, V, R = 4, 9, 16, 507, 3
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -277,7 +277,7 @@ def count_products(monkeypatch):
         counts["logits"] += 1
         return real(*args)
 
-    monkeypatch.setattr(linear, "head_logits", counting)
+    monkeypatch.setattr(linear_ops, "head_logits", counting)
     return counts
 
 
@@ -318,7 +318,7 @@ def test_kept_tiles_are_not_made_again(monkeypatch):
         counts["logits"] = 0
         out = dpo_fast.linear_token_logps(leaves[0], leaves[1], problem.targets, memory_budget=budget)
         plan = dpo_fast.linear_plan(n_rows, V, torch.float64, memory_budget=budget)
-        tiles = linear.tile_bounds(plan)
+        tiles = _head.tile_bounds(plan)
         assert counts["logits"] == len(tiles)
         out.logps.sum().backward(retain_graph=True)
         recomputed = sum(start >= plan.kept_rows for start, _, _ in tiles)
