@@ -53,7 +53,12 @@ __all__ = [
 ]
 
 
+_MODULES = ("integrations", "numpy", "ops", "reference")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"dpo_fast.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
     value = getattr(import_module(f"dpo_fast.{_MODULE_OF[name]}"), name)

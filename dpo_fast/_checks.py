@@ -6,6 +6,7 @@ Every message names the argument, what was found and what was expected.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ TOKEN_OUTPUTS = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# An ignore_index that no target equals: nothing is ignored by its target.
+# The ignore_index by which no target is ignored (kIgnoreNothing in csrc/cpu/rows.h).
 IGNORE_NOTHING = -(2**63)
 
 
@@ -54,14 +55,14 @@ def logit_options(ignore_index: int, temperature: float, logit_scale: float, sof
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, found {value}")
-    return LogitOptions(int(ignore_index), float(temperature), float(logit_scale), float(softcap or 0.0))
+    return LogitOptions(operator.index(ignore_index), float(temperature), float(logit_scale), float(softcap or 0.0))
 
 
 def loss_options(loss_type: str, beta: float, label_smoothing: float) -> LossOptions:
     """Checks a loss's name and parameters."""
-    if loss_type not in LOSS_TYPES:
+    if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(map(repr, LOSS_TYPES))}, found {loss_type!r}")
-    if not math.isfinite(beta):
+    if not -math.inf < beta < math.inf:  # also for NaN; math.isfinite would stop torch.compile
         raise ValueError(f"beta must be finite, found {beta}")
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5], found {label_smoothing}")
@@ -85,6 +86,11 @@ def check_shape(name: str, found: Sequence[int], expected: Sequence[int], reason
     """Raises ValueError unless the shapes are equal; `reason` says where the expectation comes from."""
     if tuple(found) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)} {reason}, found {tuple(found)}")
+
+
+def is_integer_type(name: str) -> bool:
+    """Whether a type's name is that of integers that fit int64."""
+    return name.startswith(("int", "uint")) and name != "uint64"
 
 
 def check_logits_shape(logits: Sequence[int], name: str = "logits") -> None:

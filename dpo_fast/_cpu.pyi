@@ -20,7 +20,9 @@ def token_forward(
     is_top1: int,
     log_sum_sq_probs: int,
 ) -> None: ...
-def sequence_forward(rows: _Tuple, seqs: _Tuple, threads: int, logps: int, stats: int, seq_logps: int) -> None: ...
+def sequence_forward(
+    rows: _Tuple, seqs: _Tuple, threads: int, logps: int, stats: int, seq_logps: int, double_sums: bool
+) -> None: ...
 def dpo_forward(
     rows: _Tuple,
     seqs: _Tuple,

@@ -9,7 +9,8 @@ levels to the gradient of the logits in another.
 Arrays come as addresses (0: absent) with sizes, so that torch tensors and NumPy arrays take the same path and no torch
 symbol is needed. The callers (dpo_fast/ops.py, dpo_fast/numpy.py) have checked shapes and types; what depends on
 values (targets, pairs, cu_seqlens) is checked here, before anything is read or written through it. Float arrays beside
-the logits are float32, or float64 when the logits are; integers are int64; all of them contiguous.
+the logits are float32, or float64 when the logits are; token weights and reference log-probs are always float64;
+integers are int64; all of them contiguous.
 
 `rows` is (logit_type, logits, seq_stride, row_stride, vocab_stride, n_seqs, rows_per_seq, vocab, targets, n_targets,
 row_mask, weights, ignore_index, logit_scale, temperature, softcap), strides in elements, softcap 0 for none; packed
@@ -39,7 +40,7 @@ cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
         char* logits
         const int64_t* targets
         const uint8_t* row_mask
-        const void* weights
+        const double* weights
         LogitTransform transform
         int64_t seq_stride, row_stride, vocab_stride
         int64_t rows_per_seq, n_rows, vocab, n_targets, ignore_index
@@ -185,7 +186,7 @@ cdef Rows make_rows(tuple spec) except *:
     rows.logits = <char*>logits
     rows.targets = <const int64_t*>targets
     rows.row_mask = <const uint8_t*>row_mask
-    rows.weights = <const void*>weights
+    rows.weights = <const double*>weights
     rows.kernels = kernels
     finish_rows_setup(rows)
     return rows
@@ -331,7 +332,7 @@ cdef double weight_sum(const Rows* rows, const Sequences* seqs, int64_t s) noexc
     cdef double total = 0
     for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
         if row_state(rows[0], row) > 0:
-            total += load_float(rows.weights, row, rows.wide) if rows.weights != NULL else 1
+            total += rows.weights[row] if rows.weights != NULL else 1
     return total
 
 
@@ -346,7 +347,7 @@ cdef void sum_sequences(
         for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
             if row_state(rows[0], row) > 0:
                 logp = load_float(token_logps, row, rows.wide)
-                total += logp * load_float(rows.weights, row, rows.wide) if rows.weights != NULL else logp
+                total += logp * rows.weights[row] if rows.weights != NULL else logp
         if seqs.average:
             norm = weight_sum(rows, seqs, s)
             total = total / norm if norm != 0 else 0
@@ -365,7 +366,7 @@ cdef void spread_to_rows(
             norm = weight_sum(rows, seqs, s)
             g = g / norm if norm != 0 else 0
         for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
-            grad_rows[row] = g * load_float(rows.weights, row, rows.wide) if rows.weights != NULL else g
+            grad_rows[row] = g * rows.weights[row] if rows.weights != NULL else g
 
 
 cdef int refuse_null_losses(
@@ -380,7 +381,7 @@ cdef int refuse_null_losses(
 
 
 cdef void pair_losses(
-    const Pairs* pairs, const double* logps, const void* ref_logps, bint wide, void* loss, void* losses,
+    const Pairs* pairs, const double* logps, const double* ref_logps, bint wide, void* loss, void* losses,
     void* chosen_rewards, void* rejected_rewards, double* pair_grads,
 ) noexcept nogil:
     cdef int64_t p, c, d
@@ -392,8 +393,8 @@ cdef void pair_losses(
         lr_chosen = logps[c]
         lr_rejected = logps[d]
         if ref_logps != NULL:
-            lr_chosen -= load_float(ref_logps, c, wide)
-            lr_rejected -= load_float(ref_logps, d, wide)
+            lr_chosen -= ref_logps[c]
+            lr_rejected -= ref_logps[d]
         pair = preference_loss(lr_chosen, lr_rejected, pairs.options)
         total += pair.loss
         store_float(losses, p, pair.loss, wide)
@@ -447,8 +448,10 @@ def token_forward(
     run_forward(&r, &out, threads)
 
 
-def sequence_forward(tuple rows, tuple seqs, int threads, uintptr_t logps, uintptr_t stats, uintptr_t seq_logps):
-    """Fills logps [rows], stats [rows, 2] and seq_logps [n_seqs]."""
+def sequence_forward(
+    tuple rows, tuple seqs, int threads, uintptr_t logps, uintptr_t stats, uintptr_t seq_logps, bint double_sums
+):
+    """Fills logps [rows], stats [rows, 2] and seq_logps [n_seqs] (float64 with double_sums)."""
     cdef Rows r = make_rows(rows)
     cdef Sequences q = make_seqs(seqs, &r)
     cdef TokenArrays out = make_arrays(logps, stats, 0, 0, 0, 0)
@@ -460,7 +463,7 @@ def sequence_forward(tuple rows, tuple seqs, int threads, uintptr_t logps, uintp
         sums = <double*>allocate(q.n_seqs, sizeof(double))
         sum_sequences(&r, &q, out.logps, sums)
         for s in range(q.n_seqs):
-            store_float(<void*>seq_logps, s, sums[s], r.wide)
+            store_float(<void*>seq_logps, s, sums[s], r.wide or double_sums)
     finally:
         free(sums)
 
@@ -487,7 +490,7 @@ def dpo_forward(
         for s in range(q.n_seqs):
             store_float(<void*>seq_logps, s, sums[s], r.wide)
         pair_losses(
-            &p, sums, <const void*>ref_logps, r.wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
+            &p, sums, <const double*>ref_logps, r.wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
             <void*>rejected_rewards, <double*>pair_grads,
         )
     finally:
@@ -561,7 +564,7 @@ def preference_forward(
     for s in range(n_seqs):
         values[s] = load_float(<const void*>logps, s, wide)
     pair_losses(
-        &p, values, <const void*>ref_logps, wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
+        &p, values, <const double*>ref_logps, wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
         <void*>rejected_rewards, <double*>pair_grads,
     )
     free(values)

@@ -34,9 +34,9 @@ def set_num_threads(threads: int) -> None:
     """Sets the number of threads that `dpo_fast.numpy` uses. Results do not depend on it.
 
     Raises:
-        ValueError: fewer than one thread.
+        ValueError: fewer than one thread, or more than 1024.
     """
     global _num_threads
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, found {threads}")
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be at least 1 and at most 1024, found {threads}")
     _num_threads = int(threads)

@@ -1,7 +1,8 @@
 """The operators in plain torch, for devices without a compiled kernel: exact, a chunk of rows at a time, not fast.
 
-Same arguments and results as the operators of the same name in ops.py. Nothing here waits for the device: a target
-outside the vocabulary gives NaN for its token and sequence; DPO_FAST_CHECK=1 raises IndexError instead.
+Same arguments and results as the operators of the same name in ops.py, which has checked shapes and types. Nothing here
+waits for the device except where there are cu_seqlens or pairs, which are checked on the host. A target outside the
+vocabulary gives NaN for its token and sequence; DPO_FAST_CHECK=1 raises IndexError instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_fast._checks import LOSS_TYPES, LogitOptions
+from dpo_fast._checks import IGNORE_NOTHING, LOSS_TYPES, LogitOptions
 from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors
 
 # Logits of a chunk, which exist a few times over in float32.
@@ -129,6 +130,10 @@ def _rows_backward(
         grad[part] = torch.where(kept[part].unsqueeze(-1), dz * slope, zero).to(grad.dtype)
 
 
+def _counts(targets: Tensor, ignore_index: int) -> Tensor:
+    return targets != ignore_index if ignore_index != IGNORE_NOTHING else torch.ones_like(targets, dtype=torch.bool)
+
+
 def _with_k(targets: Tensor, logits: Tensor) -> Tensor:
     return targets.long() if targets.dim() == logits.dim() else targets.long().unsqueeze(-1)
 
@@ -137,7 +142,7 @@ def token_forward(logits: Tensor, targets: Tensor, row_mask: Tensor | None, *res
     """See ops.py."""
     options, want = LogitOptions(*rest[:4]), rest[4:]
     y = _with_k(targets, logits)
-    kept = (y != options.ignore_index).all(-1)
+    kept = _counts(y, options.ignore_index).all(-1)
     if row_mask is not None:
         kept &= row_mask != 0
     logps, stats, entropy, mean_logits, is_top1, log_sum_sq = _rows_forward(logits, y, kept, options, want)
@@ -151,7 +156,7 @@ def token_backward_into(grad: Tensor, logits: Tensor, targets: Tensor, row_mask:
     options = LogitOptions(*rest[:4])
     logps, stats, entropy, grad_logps, grad_entropy = rest[4:]
     y = _with_k(targets, logits)
-    kept = (y != options.ignore_index).all(-1)
+    kept = _counts(y, options.ignore_index).all(-1)
     if row_mask is not None:
         kept &= row_mask != 0
     g = torch.zeros_like(logps) if grad_logps is None else grad_logps
@@ -169,12 +174,13 @@ def sequence_forward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     """See ops.py."""
-    opts = LogitOptions(*options)
+    opts = LogitOptions(*options[:4])
     kept = kept_rows(targets, opts.ignore_index, token_weights)
     logps, stats = _rows_forward(logits, targets.long().unsqueeze(-1), kept, opts)[:2]
     logps = logps.squeeze(-1)
-    factors = token_factors(kept, token_weights, cu_seqlens, average, logps.dtype)
-    return sum_by_sequence(logps * factors, cu_seqlens), logps, stats
+    wide = torch.float64 if options[4:] == (True,) else logps.dtype
+    factors = token_factors(kept, token_weights, cu_seqlens, average, wide)
+    return sum_by_sequence(logps.to(wide) * factors, cu_seqlens), logps, stats
 
 
 def sequence_backward_into(
@@ -209,6 +215,10 @@ def _pair_index(n_seqs: int, pairs: Tensor | None, device: torch.device) -> tupl
     if pairs is None:
         both = torch.arange(n_seqs, device=device)
         return both[: n_seqs // 2], both[n_seqs // 2 :]
+    for p, pair in enumerate(pairs.tolist()):
+        for k, s in enumerate(pair):
+            if not 0 <= s < n_seqs:
+                raise IndexError(f"pairs[{p}, {k}] = {s} is outside [0, {n_seqs})")
     return pairs[:, 0].long(), pairs[:, 1].long()
 
 
@@ -224,7 +234,7 @@ def preference_forward(
     """See ops.py."""
     if loss_type != LOSS_TYPES["sigmoid"]:
         raise ValueError(f"loss type {loss_type} has no plain-torch form")
-    ratios = logps if ref_logps is None else logps - ref_logps.to(logps.dtype)
+    ratios = logps if ref_logps is None else (logps - ref_logps).to(logps.dtype)
     chosen, rejected = _pair_index(logps.shape[0], pairs, logps.device)
     x = beta * (ratios[chosen] - ratios[rejected])
     losses = (1 - label_smoothing) * F.softplus(-x, threshold=1e30)
@@ -272,9 +282,9 @@ def dpo_forward(
 ) -> tuple[Tensor, ...]:
     """See ops.py."""
     options, loss = rest[:4], rest[4:]
-    seq_logps, logps, stats = sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options)
-    *losses, pair_grads = preference_forward(seq_logps, ref_logps, pairs, *loss)
-    return (*losses, seq_logps, logps, stats, pair_grads)
+    sums, logps, stats = sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options, True)
+    *losses, pair_grads = preference_forward(sums, ref_logps, pairs, *loss)
+    return (*[x.to(logps.dtype) for x in (*losses, sums)], logps, stats, pair_grads)
 
 
 def dpo_backward_into(

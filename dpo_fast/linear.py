@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpo_fast import linear_ops, ops  # noqa: F401  (they define torch.ops.dpo_fast)
+from dpo_fast._autograd import differentiable_once
 from dpo_fast._checks import (
     TOKEN_OUTPUTS,
     LogitOptions,
@@ -93,7 +93,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         return logps.clone(), entropy.clone(), mean_logits, is_top1, log_sum_sq_probs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         hidden, weight, bias, lora_a, lora_b, targets, logps, stats, entropy = ctx.saved_tensors
         if not ctx.has_entropy:
@@ -148,7 +148,7 @@ class _LinearDPOLoss(torch.autograd.Function):
         return loss, losses, chosen_rewards, rejected_rewards, seq_logps
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any,
         grad_loss: Tensor | None,

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dpo_fast import ops  # noqa: F401  (defines torch.ops.dpo_fast)
+from dpo_fast import ops
+from dpo_fast._autograd import differentiable_once, inplace_allowed
 from dpo_fast._checks import (
     IGNORE_NOTHING,
     TOKEN_OUTPUTS,
@@ -47,7 +47,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps.clone(), entropy.clone(), mean_logits, is_top1, log_sum_sq_probs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         logits, targets, row_mask, logps, stats, entropy = ctx.saved_tensors
         if not ctx.has_entropy:  # torch.compile gives zeros where there was no gradient
@@ -73,14 +73,14 @@ class _SequenceLogps(torch.autograd.Function):
         options: LogitOptions,
         inplace_backward: bool,
     ) -> Tensor:
-        out = torch.ops.dpo_fast.sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options)
+        out = torch.ops.dpo_fast.sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options, False)
         seq_logps, logps, stats = out
         ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, logps, stats)
         ctx.average, ctx.options, ctx.inplace_backward = average, options, inplace_backward
         return seq_logps  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_seq_logps: Tensor) -> tuple[Any, ...]:
         logits, targets, cu_seqlens, token_weights, logps, stats = ctx.saved_tensors
         args = (logits, targets, cu_seqlens, token_weights, ctx.average, *ctx.options, logps, stats, grad_seq_logps)
@@ -118,7 +118,8 @@ def token_logps(
         outputs: names of the statistics wanted, among "logps", "entropy", "mean_logits", "is_top1",
             "log_sum_sq_probs"; see `TokenOutput`.
         inplace_backward: the backward pass writes the gradient over the logits instead of allocating it. Any later
-            use of the logits by autograd then raises.
+            use of the logits by autograd then raises. Under torch.compile, which has no such guard, the gradient is
+            allocated.
 
     Returns:
         TokenOutput of tensors in the targets' shape: float32 (float64 for float64 logits), is_top1 bool; None where
@@ -134,7 +135,7 @@ def token_logps(
     check_logits_shape(logits.shape)
     check_shape("targets", targets.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
     want = tuple(name in outputs for name in TOKEN_OUTPUTS[1:])
-    logps, *extras = _TokenLogps.apply(logits, targets, None, options, want, inplace_backward)
+    logps, *extras = _TokenLogps.apply(logits, targets, None, options, want, inplace_allowed(inplace_backward))
     return TokenOutput(
         logps if "logps" in outputs else None,
         *(value if wanted else None for value, wanted in zip(extras, want, strict=True)),
@@ -165,12 +166,14 @@ def selective_log_softmax(
             f"{tuple(index.shape)}"
         )
     gathers_one = index.dim() == logits.dim() - 1
+    ops.check_integers("index", index)
     lead = logits.shape[:-1]
     check_shape("index", index.shape, lead if gathers_one else (*lead, index.shape[-1]), "to fit the logits")
     if row_mask is not None:
         check_shape("row_mask", row_mask.shape, index.shape, "as index has")
     rows_kept = None
     if row_mask is not None:
+        index = index.long()
         rows_kept = row_mask != 0 if gathers_one else (row_mask != 0).any(-1)
         if not gathers_one:  # an entry masked out may hold any index
             index = index.masked_fill(row_mask == 0, 0)
@@ -221,5 +224,5 @@ def sequence_logps(
     check_no_grad("token_weights", token_weights)
     options = logit_options(ignore_index, temperature, logit_scale, softcap)
     return _SequenceLogps.apply(  # type: ignore[no-any-return]
-        logits, targets, cu_seqlens, token_weights, average, options, inplace_backward
+        logits, targets, cu_seqlens, token_weights, average, options, inplace_allowed(inplace_backward)
     )

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dpo_fast import ops  # noqa: F401  (defines torch.ops.dpo_fast)
+from dpo_fast import ops
+from dpo_fast._autograd import differentiable_once, inplace_allowed
 from dpo_fast._checks import LogitOptions, LossOptions, check_reduction, logit_options, loss_options
 from dpo_fast.logps import check_no_grad
 from dpo_fast.outputs import DPOOutput
@@ -47,7 +47,7 @@ class _DPOLoss(torch.autograd.Function):
         return loss, losses, chosen_rewards, rejected_rewards, seq_logps
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any,
         grad_loss: Tensor | None,
@@ -86,7 +86,7 @@ class _PreferenceLoss(torch.autograd.Function):
         return loss, losses, chosen_rewards, rejected_rewards
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Any, ...]:
         logps, pairs, pair_grads = ctx.saved_tensors
         if grad_loss is None and grad_losses is None:
@@ -148,8 +148,10 @@ def dpo_loss(
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
+        ops.check_rows(ref_logits, targets, name="ref_logits")
+        # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
         ref_logps = torch.ops.dpo_fast.sequence_forward(
-            ref_logits.detach(), targets, cu_seqlens, token_weights, average, *options
+            ref_logits.detach(), targets, cu_seqlens, token_weights, average, *options, True
         )[0]
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
@@ -164,7 +166,7 @@ def dpo_loss(
         options,
         loss,
         reduction == "mean",
-        inplace_backward,
+        inplace_allowed(inplace_backward),
     )
     return DPOOutput(losses if reduction == "none" else reduced, losses, chosen_rewards, rejected_rewards, logps, pairs)
 
@@ -187,7 +189,7 @@ def preference_loss(
         beta, loss_type, label_smoothing, pairs, reduction: as for `dpo_loss`.
 
     Returns:
-        DPOOutput, as `dpo_loss`; logps are the given ones.
+        DPOOutput, as `dpo_loss`; logps are the given ones (half types as float32).
 
     Raises:
         ValueError, TypeError, IndexError: as `dpo_loss`.

@@ -52,14 +52,16 @@ def _address(array: Array | None) -> int:
 
 def _integers(name: str, values: ArrayLike) -> Array:
     array = np.asarray(values)
-    if array.dtype.kind not in "iu":
+    if not array.size:  # an empty list has no type of its own
+        array = array.astype(np.int64)
+    if not _checks.is_integer_type(array.dtype.name):
         raise TypeError(f"{name} must be integers, found {array.dtype}")
     return np.asarray(array, np.int64, order="C")
 
 
 def _floats(name: str, values: ArrayLike, dtype: Any) -> Array:
     array = np.asarray(values)
-    if array.dtype.kind in "cSUOMm":
+    if array.dtype.kind in "cSUOMm" or array.dtype.names:
         raise TypeError(f"{name} must be real numbers, found {array.dtype}")
     return np.asarray(array, dtype, order="C")
 
@@ -101,7 +103,7 @@ class _Rows:
             lead = (*lead, self.targets.shape[-1])
         check_shape("targets", self.targets.shape, lead, f"to fit {name} of shape {logits.shape}")
         self.wide = np.dtype(np.float64 if logits.dtype == np.float64 else np.float32)
-        self.weights = _floats_or_none("token_weights", token_weights, self.wide, lead, "as targets have")
+        self.weights = _floats_or_none("token_weights", token_weights, np.float64, lead, "as targets have")
         self.row_mask = row_mask
         self.options = options
         self.spec = self._spec()
@@ -273,11 +275,12 @@ def _sequences(rows: _Rows, cu_seqlens: ArrayLike | None, average: bool) -> tupl
 
 
 def _sequence_forward(
-    rows: _Rows, seqs: tuple[int, int, bool], _alive: Array | None
+    rows: _Rows, seqs: tuple[int, int, bool], _alive: Array | None, double_sums: bool = False
 ) -> tuple[Array, tuple[Array, Array]]:
     saved = rows.saved()
-    out = rows.new((seqs[1],))
-    _cpu.sequence_forward(rows.spec, seqs, get_num_threads(), _address(saved[0]), _address(saved[1]), _address(out))
+    out = np.empty(seqs[1], np.float64 if double_sums else rows.wide)
+    logps, stats = map(_address, saved)
+    _cpu.sequence_forward(rows.spec, seqs, get_num_threads(), logps, stats, _address(out), double_sums)
     return out, saved
 
 
@@ -331,7 +334,9 @@ class _Loss:
         options = loss_options(loss_type, beta, label_smoothing)
         self.reduction = reduction
         self.pairs = None if pairs is None else _integers("pairs", pairs)
-        self.ref_logps = _floats_or_none("ref_logps", ref_logps, wide, (n_seqs,), "with one log-prob per sequence")
+        self.ref_logps = _floats_or_none(
+            "ref_logps", ref_logps, np.float64, (n_seqs,), "with one log-prob per sequence"
+        )
         n_pairs = _checks.pair_count(n_seqs, None if self.pairs is None else self.pairs.shape)
         self.spec = (_address(self.pairs), n_pairs, *options, reduction == "mean")
         self.loss = np.empty((), wide)
@@ -379,7 +384,8 @@ def dpo_loss(
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
         ref_rows = _Rows(ref_logits, targets, options, token_weights=token_weights, name="ref_logits")
-        ref_logps = _sequence_forward(ref_rows, *_sequences(ref_rows, cu_seqlens, average))[0]
+        # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
+        ref_logps = _sequence_forward(ref_rows, *_sequences(ref_rows, cu_seqlens, average), double_sums=True)[0]
     rows = _Rows(logits, targets, options, token_weights=token_weights)
     seqs, alive = _sequences(rows, cu_seqlens, average)
     loss = _Loss(seqs[1], ref_logps, pairs, rows.wide, loss_type, beta, label_smoothing, reduction)
@@ -426,7 +432,7 @@ def preference_loss(
         raise TypeError(f"logps must be floating-point numbers, found {given.dtype}")
     if given.ndim != 1:
         raise ValueError(f"logps must have shape [S], found {given.shape}")
-    wide = np.dtype(np.float64 if given.dtype == np.float64 else np.float32)
+    wide = np.dtype(np.float64 if given.dtype.itemsize >= 8 else np.float32)
     values = np.asarray(given, wide, order="C")
     n_seqs = values.shape[0]
     loss = _Loss(n_seqs, ref_logps, pairs, wide, loss_type, beta, label_smoothing, reduction)

@@ -38,7 +38,8 @@ SCHEMAS = {
     "Tensor log_sum_sq_probs)",
     "token_backward": f"({_ROWS}, Tensor? row_mask, {_OPTIONS}, {_SAVED}, Tensor? entropy, Tensor? grad_logps, "
     "Tensor? grad_entropy)",
-    "sequence_forward": f"({_ROWS}, {_SEQS}, {_OPTIONS}) -> (Tensor seq_logps, Tensor logps, Tensor stats)",
+    "sequence_forward": f"({_ROWS}, {_SEQS}, {_OPTIONS}, bool double_sums) -> (Tensor seq_logps, "
+    "Tensor logps, Tensor stats)",
     "sequence_backward": f"({_ROWS}, {_SEQS}, {_OPTIONS}, {_SAVED}, Tensor grad_seq_logps)",
     "dpo_forward": f"({_ROWS}, Tensor? ref_logps, {_SEQS}, {_PAIRS}, {_OPTIONS}, {_LOSS}) -> (Tensor loss, "
     "Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor seq_logps, Tensor logps, Tensor stats, "
@@ -64,7 +65,13 @@ def define(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
 def _define(
     name: str, schema: str, cpu: Callable[..., Any], other: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    define(name, schema, other, fake)
+    """Defines an operator with kernels for the CPU and plain torch elsewhere; `fake` checks what they are given."""
+
+    def checked(*args: Any) -> Any:
+        fake(*args)
+        return other(*args)
+
+    define(name, schema, checked, fake)
     _lib.impl(name, cpu, "CPU")
 
 
@@ -78,8 +85,8 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str = "logi
 
 
 def check_integers(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless the tensor holds integers."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+    """Raises TypeError unless the tensor holds integers that fit int64."""
+    if not _checks.is_integer_type(str(tensor.dtype).removeprefix("torch.")):
         raise TypeError(f"{name} must be integers, found {tensor.dtype}")
 
 
@@ -99,16 +106,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def check_rows(logits: Tensor, targets: Tensor, row_mask: Tensor | None = None) -> None:
+def check_rows(logits: Tensor, targets: Tensor, row_mask: Tensor | None = None, name: str = "logits") -> None:
     """Checks logits [..., V] with targets [...] or [..., K] and row_mask [...]."""
-    _checks.check_logits_shape(logits.shape)
-    _check_logits_type("logits", logits)
+    _checks.check_logits_shape(logits.shape, name)
+    _check_logits_type(name, logits)
     check_integers("targets", targets)
-    check_device("targets", targets, logits)
+    check_device("targets", targets, logits, name)
     lead: tuple[int, ...] = tuple(logits.shape[:-1])
     if targets.dim() == logits.dim():
         lead = (*lead, targets.shape[-1])
-    check_shape("targets", targets.shape, lead, f"to fit logits of shape {tuple(logits.shape)}")
+    check_shape("targets", targets.shape, lead, f"to fit {name} of shape {tuple(logits.shape)}")
     if row_mask is not None:
         check_device("row_mask", row_mask, logits)
         check_shape("row_mask", row_mask.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
@@ -206,7 +213,7 @@ class _Call:
             self.integers(targets),
             targets.shape[-1] if targets.dim() == logits.dim() else 1,
             self.booleans(row_mask),
-            self.floats(weights),
+            self.doubles(weights),
             options,
         )
 
@@ -276,6 +283,19 @@ def _token_forward(
     return out
 
 
+def _check_token_backward(logits: Tensor, targets: Tensor, row_mask: Tensor | None, *rest: Any) -> None:
+    logps, stats, entropy, grad_logps, grad_entropy = rest[4:]
+    check_rows(logits, targets, row_mask)
+    _check_saved(logits, targets, logps, stats)
+    if grad_logps is not None:
+        check_shape("grad_logps", grad_logps.shape, targets.shape, "as targets have")
+    if grad_entropy is not None:
+        check_shape("grad_entropy", grad_entropy.shape, logits.shape[:-1], "with one number per row")
+        if entropy is None:
+            raise ValueError("grad_entropy needs the entropy of the forward pass")
+        check_shape("entropy", entropy.shape, logits.shape[:-1], "with one number per row")
+
+
 def _token_backward_into(
     grad: Tensor,
     logits: Tensor,
@@ -291,15 +311,6 @@ def _token_backward_into(
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    check_rows(logits, targets, row_mask)
-    _check_saved(logits, targets, logps, stats)
-    if grad_logps is not None:
-        check_shape("grad_logps", grad_logps.shape, targets.shape, "as targets have")
-    if grad_entropy is not None:
-        check_shape("grad_entropy", grad_entropy.shape, logits.shape[:-1], "with one number per row")
-        if entropy is None:
-            raise ValueError("grad_entropy needs the entropy of the forward pass")
-        check_shape("entropy", entropy.shape, logits.shape[:-1], "with one number per row")
     call = _Call(logits.dtype)
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
     rows = call.rows(logits, targets, row_mask, None, options)
@@ -315,17 +326,22 @@ def _sequence_outputs(
     targets: Tensor,
     cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
+    double_sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
     wide = _wide(logits.dtype)
     shape = tuple(targets.shape)
-    return _new(logits, (n_seqs,), wide), _new(logits, shape, wide), _new(logits, (*shape, 2), wide)
+    return (
+        _new(logits, (n_seqs,), torch.float64 if double_sums else wide),
+        _new(logits, shape, wide),
+        _new(logits, (*shape, 2), wide),
+    )
 
 
 def _sequence_forward_fake(
-    logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *_: Any
+    logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _sequence_outputs(logits, targets, cu_seqlens, token_weights)
+    return _sequence_outputs(logits, targets, cu_seqlens, token_weights, rest[4])
 
 
 def _sequence_forward(
@@ -336,17 +352,28 @@ def _sequence_forward(
     average: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    out = seq_logps, logps, stats = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
+    double_sums = options[4]
+    out = seq_logps, logps, stats = _sequence_outputs(logits, targets, cu_seqlens, token_weights, double_sums)
     call = _Call(logits.dtype)
     _cpu.sequence_forward(
-        call.rows(logits, targets, None, token_weights, LogitOptions(*options)),
+        call.rows(logits, targets, None, token_weights, LogitOptions(*options[:4])),
         (call.integers(cu_seqlens), seq_logps.shape[0], average),
         torch.get_num_threads(),
         logps.data_ptr(),
         stats.data_ptr(),
         seq_logps.data_ptr(),
+        double_sums,
     )
     return out
+
+
+def _check_sequence_backward(
+    logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *rest: Any
+) -> None:
+    logps, stats, grad_seq_logps = rest[4:]
+    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    _check_saved(logits, targets, logps, stats)
+    check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
 
 
 def _sequence_backward_into(
@@ -364,15 +391,12 @@ def _sequence_backward_into(
     stats: Tensor,
     grad_seq_logps: Tensor,
 ) -> None:
-    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
-    _check_saved(logits, targets, logps, stats)
-    check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
     call = _Call(logits.dtype)
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
     call.backward(
         grad,
         call.rows(logits, targets, None, token_weights, options),
-        (call.integers(cu_seqlens), n_seqs, average),
+        (call.integers(cu_seqlens), grad_seq_logps.shape[0], average),
         None,
         (logps, stats, None, None),
         (None, None, grad_seq_logps, None, None),
@@ -436,7 +460,7 @@ def _dpo_forward(
         (call.integers(cu_seqlens), seq_logps.shape[0], average),
         (call.integers(pairs), losses.shape[0], *loss_and_mean),
         torch.get_num_threads(),
-        call.floats(ref_logps),
+        call.doubles(ref_logps),
         logps.data_ptr(),
         stats.data_ptr(),
         seq_logps.data_ptr(),
@@ -447,6 +471,24 @@ def _dpo_forward(
         pair_grads.data_ptr(),
     )
     return out
+
+
+def _check_dpo_backward(
+    logits: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    pairs: Tensor | None,
+    *rest: Any,
+) -> None:
+    logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps = rest[5:]
+    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    n_pairs = check_pairs(logits, n_seqs, pairs)
+    _check_saved(logits, targets, logps, stats)
+    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
+    if grad_seq_logps is not None:
+        check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
 
 
 def _dpo_backward_into(
@@ -469,12 +511,8 @@ def _dpo_backward_into(
     grad_losses: Tensor | None,
     grad_seq_logps: Tensor | None,
 ) -> None:
-    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
-    n_pairs = check_pairs(logits, n_seqs, pairs)
-    _check_saved(logits, targets, logps, stats)
-    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
-    if grad_seq_logps is not None:
-        check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
+    n_seqs = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n_pairs = pair_grads.shape[0]
     call = _Call(logits.dtype)
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
     call.backward(
@@ -498,11 +536,15 @@ def _check_pair_grads(n_pairs: int, pair_grads: Tensor, grad_loss: Tensor | None
 # --- the preference loss from log-probs -------------------------------------------------------------------------------
 
 
-def _preference_outputs(logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None) -> tuple[Tensor, ...]:
+def _check_logps(logps: Tensor) -> None:
     if logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logps must be torch.float32 or torch.float64, found {logps.dtype}")
     if logps.dim() != 1:
         raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
+
+
+def _preference_outputs(logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None) -> tuple[Tensor, ...]:
+    _check_logps(logps)
     n_pairs = check_pairs(logps, logps.shape[0], pairs, ref_logps)
     return (*_loss_outputs(logps, logps.dtype, n_pairs), _new(logps, (n_pairs, 2), torch.float64))
 
@@ -523,13 +565,23 @@ def _preference_forward(
         logps.dtype is torch.float64,
         logps.shape[0],
         call.floats(logps),
-        call.floats(ref_logps),
+        call.doubles(ref_logps),
         *[t.data_ptr() for t in out],
     )
     return out
 
 
-def _preference_backward_fake(logps: Tensor, *_: Any) -> Tensor:
+def _preference_backward_fake(
+    logps: Tensor,
+    pairs: Tensor | None,
+    mean: bool,
+    pair_grads: Tensor,
+    grad_loss: Tensor | None,
+    grad_losses: Tensor | None,
+) -> Tensor:
+    _check_logps(logps)
+    n_pairs = check_pairs(logps, logps.shape[0], pairs)
+    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
     return torch.empty_like(logps, memory_format=torch.contiguous_format)
 
 
@@ -541,9 +593,8 @@ def _preference_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
 ) -> Tensor:
-    n_pairs = check_pairs(logps, logps.shape[0], pairs)
-    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
-    grad = _preference_backward_fake(logps)
+    grad = _preference_backward_fake(logps, pairs, mean, pair_grads, grad_loss, grad_losses)
+    n_pairs = pair_grads.shape[0]
     call = _Call(logps.dtype)
     _cpu.preference_backward(
         (call.integers(pairs), n_pairs, 0, 0.0, 0.0, mean),
@@ -584,12 +635,14 @@ _define(
 )
 
 
-def _define_backward(name: str, cpu: Callable[..., None], other: Callable[..., None]) -> None:
+def _define_backward(
+    name: str, check: Callable[..., None], cpu: Callable[..., None], other: Callable[..., None]
+) -> None:
     """Defines `name`, which returns a fresh gradient, and `name_`, which writes it over the logits."""
 
     def fresh(into: Callable[..., None]) -> Callable[..., Tensor]:
         def implementation(logits: Tensor, *args: Any) -> Tensor:
-            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            grad = fake(logits, *args)
             into(grad, logits, *args)
             return grad
 
@@ -597,6 +650,7 @@ def _define_backward(name: str, cpu: Callable[..., None], other: Callable[..., N
 
     def inplace(into: Callable[..., None]) -> Callable[..., None]:
         def implementation(logits: Tensor, *args: Any) -> None:
+            check(logits, *args)
             _check_inplace(logits)
             into(logits, logits, *args)
             # autograd does not see a write below it; this lets it refuse any later use of the logits it had saved
@@ -604,17 +658,21 @@ def _define_backward(name: str, cpu: Callable[..., None], other: Callable[..., N
 
         return implementation
 
-    def fake(logits: Tensor, *_: Any) -> Tensor:
+    def fake(logits: Tensor, *args: Any) -> Tensor:
+        check(logits, *args)
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
-    def fake_inplace(*_: Any) -> None:
-        return None
-
-    _define(name, SCHEMAS[name] + " -> Tensor", fresh(cpu), fresh(other), fake)
     mutating = SCHEMAS[name].replace("Tensor logits", "Tensor(a!) logits")
-    _define(name + "_", mutating + " -> ()", inplace(cpu), inplace(other), fake_inplace)
+    for full_name, schema, kind, fake_kind in (
+        (name, SCHEMAS[name] + " -> Tensor", fresh, fake),
+        (name + "_", mutating + " -> ()", inplace, check),
+    ):
+        define(full_name, schema, kind(other), fake_kind)
+        _lib.impl(full_name, kind(cpu), "CPU")
 
 
-_define_backward("token_backward", _token_backward_into, fallback.token_backward_into)
-_define_backward("sequence_backward", _sequence_backward_into, fallback.sequence_backward_into)
-_define_backward("dpo_backward", _dpo_backward_into, fallback.dpo_backward_into)
+_define_backward("token_backward", _check_token_backward, _token_backward_into, fallback.token_backward_into)
+_define_backward(
+    "sequence_backward", _check_sequence_backward, _sequence_backward_into, fallback.sequence_backward_into
+)
+_define_backward("dpo_backward", _check_dpo_backward, _dpo_backward_into, fallback.dpo_backward_into)

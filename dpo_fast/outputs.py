@@ -45,7 +45,9 @@ class DPOOutput(NamedTuple):
         if self.pairs is None:
             chosen_logps, rejected_logps = self.logps[:n_pairs], self.logps[n_pairs:]
         else:
-            chosen_logps, rejected_logps = self.logps[self.pairs[:, 0]], self.logps[self.pairs[:, 1]]
+            # as int64: a uint8 tensor as index would be a mask
+            pairs = self.pairs.long() if hasattr(self.pairs, "long") else self.pairs
+            chosen_logps, rejected_logps = self.logps[pairs[:, 0]], self.logps[pairs[:, 1]]
         means = {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),

@@ -103,7 +103,8 @@ def token_logps(
         logps=scatter(logp[rows, y]),
         entropy=scatter(-entropy_terms(logp).sum(-1)),
         mean_logits=scatter(z.mean(-1)),
-        is_top1=scatter(x.astype(np.float64).argmax(-1) == y, np.bool_),
+        # no answer where there is no distribution
+        is_top1=scatter((x.astype(np.float64).argmax(-1) == y) & ~np.isnan(logp[:, 0]), np.bool_),
         log_sum_sq_probs=scatter(np.log(np.exp(2 * logp).sum(-1))),
     )
 

@@ -397,6 +397,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DemoError(f"--device {name}: torch cannot use it ({str(error).splitlines()[0]})") from None
     return device

@@ -197,3 +197,72 @@ def test_numpy_arrays_the_kernels_cannot_read():
 def test_threads_must_be_positive():
     with pytest.raises(ValueError, match="at least 1"):
         dpo_fast.set_num_threads(0)
+
+
+def test_preference_backward_checks_the_type():
+    """The gradient has logps' type: any other than float32 and float64 would be written out of bounds."""
+    grads = torch.ones(2, 2, dtype=torch.float64), torch.ones(()), None
+    for dtype in (torch.float16, torch.bfloat16, torch.int8, torch.int64):
+        with pytest.raises(TypeError, match="logps must be torch.float32 or torch.float64"):
+            torch.ops.dpo_fast.preference_backward(torch.zeros(4).to(dtype), None, True, *grads)
+
+
+def test_no_index_is_ignored_by_accident():
+    """The smallest integer is an index like any other, and integers too large for int64 do not wrap."""
+    index = torch.tensor([[0, 1, -(2**63)], [0, 1, 2]])
+    with pytest.raises(IndexError, match="position"):
+        dpo_fast.selective_log_softmax(X[:2], index)
+    with pytest.raises(IndexError, match="position"):
+        dpo_fast.numpy.selective_log_softmax(X[:2].numpy(), index.numpy())
+    with pytest.raises(TypeError, match="targets must be integers, found uint64"):
+        dpo_fast.numpy.token_logps(X.numpy(), np.full((4, 3), 2**64 - 100, np.uint64))
+
+
+def test_names_in_messages():
+    with pytest.raises(ValueError, match="targets must have shape .* to fit ref_logits"):
+        dpo_fast.dpo_loss(X, Y, ref_logits=X[:, :2])
+    with pytest.raises(TypeError, match="ref_logits must be one of"):
+        dpo_fast.dpo_loss(X, Y, ref_logits=X.long())
+    with pytest.raises(TypeError, match="index must be integers"):
+        dpo_fast.selective_log_softmax(X, Y.float())
+    with pytest.raises(ValueError, match="loss_type must be one of 'sigmoid'"):
+        dpo_fast.dpo_loss(X, Y, loss_type=["sigmoid"])
+    with pytest.raises(ValueError, match="there are no pairs"):
+        dpo_fast.numpy.dpo_loss(X.numpy(), Y.numpy(), pairs=np.zeros((0, 2)))
+    with pytest.raises(TypeError, match="float"):
+        dpo_fast.token_logps(X, Y, ignore_index=1.9)
+
+
+def test_integer_types_of_pairs_in_metrics():
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 3], [2, 1]])
+    expected = dpo_fast.preference_loss(logps, pairs=pairs).metrics()
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert dpo_fast.preference_loss(logps, pairs=pairs.to(dtype)).metrics() == expected
+
+
+def test_tiny_and_huge_weights_are_not_rounded_to_nothing():
+    for weight in (1e-50, 1e39):
+        weights = torch.full((4, 3), weight, dtype=torch.float64)
+        found = dpo_fast.sequence_logps(X, Y, token_weights=weights, average=True)
+        exact = reference.sequence_logps(X.numpy(), Y.numpy(), token_weights=weights.numpy(), average=True)
+        np.testing.assert_allclose(found.numpy(), exact, atol=1e-6)
+
+
+def test_reference_is_not_rounded():
+    """Equal models give rewards of exactly 0; a float64 reference counts in full, also beside float32 logits."""
+    x, targets = 3 * torch.randn(8, 512, 200), torch.randint(0, 200, (8, 512))
+    out = dpo_fast.dpo_loss(x, targets, ref_logits=x)
+    assert (out.chosen_rewards == 0).all()
+    assert out.metrics()["rewards/accuracies"] == 0
+    out, _ = dpo_fast.numpy.dpo_loss(x.numpy(), targets.numpy(), ref_logits=x.numpy(), with_grad=True)
+    assert (out.rejected_rewards == 0).all()
+    logps = torch.tensor([-3000.0, -2000.0])
+    ref = torch.tensor([-3000.0101, -2000.0202], dtype=torch.float64)
+    exact = reference.preference_loss(logps.numpy(), ref.numpy(), beta=0.5)
+    for out in (
+        dpo_fast.preference_loss(logps, ref, beta=0.5),
+        dpo_fast.numpy.preference_loss(logps.numpy(), ref.numpy(), beta=0.5),
+    ):
+        assert float(out.chosen_rewards[0]) == pytest.approx(exact.chosen_rewards[0], rel=1e-6)
+        assert float(out.loss) == pytest.approx(exact.loss, rel=1e-6)

@@ -89,7 +89,7 @@ def test_k_indices_per_row():
 def test_bad_target_is_nan_for_its_token_and_sequence(monkeypatch):
     x, targets = torch.randn(2, 3, 5), torch.tensor([[0, 9, 1], [2, 3, -7]])
     targets[1, 2] = 4
-    seq, logps, stats = fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0)
+    seq, logps, stats = fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0, False)
     assert logps.isnan().tolist() == [[False, True, False], [False, False, False]]
     assert seq.isnan().tolist() == [True, False]
     out = torch.empty_like(x)
@@ -99,13 +99,13 @@ def test_bad_target_is_nan_for_its_token_and_sequence(monkeypatch):
     assert out.isnan().any(-1).tolist() == [[False, True, False], [False, False, False]]
     monkeypatch.setenv("DPO_FAST_CHECK", "1")
     with pytest.raises(IndexError, match=r"target 9 at position \[0, 1\] is outside \[0, 5\)"):
-        fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0)
+        fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0, False)
 
 
 def test_cu_seqlens_are_checked():
     x, targets = torch.randn(6, 5), torch.zeros(6, dtype=torch.int64)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
-        fallback.sequence_forward(x, targets, torch.tensor([0, 4, 2, 6]), None, False, -100, 1.0, 1.0, 0.0)
+        fallback.sequence_forward(x, targets, torch.tensor([0, 4, 2, 6]), None, False, -100, 1.0, 1.0, 0.0, False)
 
 
 def test_gradients_of_separate_losses_and_logps():
@@ -121,3 +121,40 @@ def test_gradients_of_separate_losses_and_logps():
     torch.testing.assert_close(found, kernel)
     naive = naive_sequence_logps(x, case.targets, None)
     assert_accurate(out[4], reference.sequence_logps(x.numpy(), case.targets.numpy()), naive, torch.float64)
+
+
+def test_pairs_are_checked():
+    with pytest.raises(IndexError, match=r"pairs\[0, 1\] = -1 is outside \[0, 4\)"):
+        fallback.preference_forward(torch.zeros(4), None, torch.tensor([[0, -1]]), *LOSS)
+
+
+def test_other_devices_check_shapes_and_types():
+    """What is registered for them checks first, as on the CPU: run here through the key that they take."""
+    x, targets = torch.randn(4, 3, 5), torch.randint(0, 5, (4, 3))
+    options = (-100, 1.0, 1.0, 0.0)
+
+    def call(name, *args):
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+        return getattr(torch.ops.dpo_fast, name).default.redispatch(keys, *args)
+
+    def dpo(x=x, targets=targets, ref=None, cu=None, weights=None, pairs=None):
+        return call("dpo_forward", x, targets, ref, cu, weights, False, pairs, *options, *LOSS)
+
+    assert torch.isfinite(dpo()[0])
+    bad = [
+        (ValueError, lambda: dpo(x[:3], targets[:3])),
+        (ValueError, lambda: dpo(x[:0], targets[:0])),
+        (ValueError, lambda: dpo(targets=targets[:, :1])),
+        (TypeError, lambda: dpo(targets=targets.float())),
+        (TypeError, lambda: dpo(x.long())),
+        (ValueError, lambda: dpo(ref=torch.ones(1))),
+        (ValueError, lambda: dpo(weights=torch.ones(1, 3))),
+        (ValueError, lambda: dpo(pairs=torch.zeros(2, 3, dtype=torch.int64))),
+        (TypeError, lambda: dpo(pairs=torch.zeros(2, 2))),
+        (ValueError, lambda: dpo(x[..., :0])),
+        (ValueError, lambda: dpo(x[0], targets[0])),
+        (ValueError, lambda: call("sequence_backward", x, targets, None, None, False, *options, x[..., 0], x[..., :2], torch.ones(2))),
+    ]  # fmt: skip
+    for kind, function in bad:
+        with pytest.raises(kind):
+            function()

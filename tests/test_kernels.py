@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, assert_accurate, naive_token_logps, to_numpy
+from helpers import DTYPES, assert_accurate, naive_entropy, naive_token_logps, to_numpy
 
 import dpo_fast
 from dpo_fast import _cpu, reference
@@ -206,7 +206,7 @@ def test_nan_and_infinities_stay_in_their_row(dtype, where, isa):
         np.testing.assert_allclose(out.logps.detach().numpy(), exact.logps, atol=slack)
         np.testing.assert_allclose(out.entropy.detach().numpy(), exact.entropy, atol=slack)
         np.testing.assert_allclose(to_numpy(x.grad), grad, atol=slack)
-        beside = dpo_fast.token_logps(clean, targets).logps
+        beside = dpo_fast.token_logps(clean, targets, outputs=("logps", "entropy", "is_top1")).logps
         assert torch.equal(out.logps[0, 1], beside[0, 1])
 
 
@@ -244,3 +244,39 @@ def test_half_precision_conversions(dtype, isa):
     out.logps.backward(g)
     p = torch.tensor(1 / 40)
     assert torch.equal(rows.grad[:, 1:], (-g * p).to(dtype)[:, None].expand(-1, 39))
+
+
+def test_nan_of_any_payload_stays_nan_in_half_gradients(isa):
+    """A NaN that comes from elsewhere than the logits, with every bit set."""
+    ref = torch.tensor([0x7FFFFFFF, 0], dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(2, 3, 40).to(dtype).requires_grad_()
+        dpo_fast.dpo_loss(x, torch.ones(2, 3, dtype=torch.int64), ref).loss.backward()
+        assert x.grad.isnan().all()
+
+
+@pytest.mark.parametrize(("V", "spread", "temperature"), [(1000, 10, 1.0), (1000, 3, 0.5), (32000, 10, 1.0)])
+def test_entropy_of_peaked_rows(V, spread, temperature, isa):
+    """Where the maximum stands far above the first logits: the shift must not stay behind it."""
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        logits = spread * torch.randn(16, V, generator=g)
+        targets = torch.zeros(16, dtype=torch.int64)
+        x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        out = dpo_fast.token_logps(x, targets, outputs=("entropy",), temperature=temperature).entropy
+        naive = naive_entropy(y / temperature, targets)
+        out.sum().backward()
+        naive.sum().backward()
+        exact = reference.token_logps(logits.numpy(), targets.numpy(), temperature=temperature).entropy
+        grad = reference.token_logps_grad(
+            logits.numpy(), targets.numpy(), np.zeros(16), np.ones(16), temperature=temperature
+        )
+        assert_accurate(out, exact, naive, torch.float32, "entropy")
+        assert_accurate(x.grad, grad, y.grad, torch.float32, "gradient")
+
+
+def test_first_index_is_top1_when_no_logit_is_largest(isa):
+    x = torch.full((1, 2, 40), float("-inf"))
+    out = dpo_fast.token_logps(x, torch.tensor([[0, 3]]), outputs=("logps", "is_top1"), softcap=30.0)
+    assert out.is_top1.tolist() == [[True, False]]
+    np.testing.assert_allclose(out.logps.numpy(), -np.log(40), rtol=1e-6)

@@ -23,7 +23,7 @@ def operator_calls():
     logps, stats, entropy = torch.ops.dpo_fast.token_forward(x, targets, mask, *OPTIONS, True, True, True, True)[:3]
     g = torch.randn(4, 3)
     token_backward = (x, targets, mask, *OPTIONS, logps, stats, entropy, g, g)
-    seq = torch.ops.dpo_fast.sequence_forward(packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS)
+    seq = torch.ops.dpo_fast.sequence_forward(packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS, False)
     sequence_backward = (
         packed,
         targets.flatten(),
@@ -45,7 +45,7 @@ def operator_calls():
         "token_forward": (x, targets, mask, *OPTIONS, True, False, True, False),
         "token_backward": token_backward,
         "token_backward_": token_backward,
-        "sequence_forward": (packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS),
+        "sequence_forward": (packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS, True),
         "sequence_backward": sequence_backward,
         "sequence_backward_": sequence_backward,
         "dpo_forward": dpo,
@@ -63,7 +63,8 @@ def test_opcheck(name):
 
 def test_opcheck_covers_every_operator():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dpo_fast::")}
-    assert {name.split(".")[0] for name in defined} == set(operator_calls())
+    head = {name for name in defined if name.startswith("linear_")}  # those are in test_linear.py
+    assert {name.split(".")[0] for name in defined - head} == set(operator_calls())
     assert {name.removesuffix("_") for name in operator_calls()} == set(ops.SCHEMAS)
 
 
@@ -99,12 +100,49 @@ def test_gradcheck(layout, options):
         assert torch.autograd.gradcheck(lambda x, i=index: dpo_fast.selective_log_softmax(x, i, 0.7), (x,))
 
 
-def test_double_backward_raises():
-    x = torch.randn(2, 3, 5, requires_grad=True)
-    out = dpo_fast.dpo_loss(x, torch.zeros(2, 3, dtype=torch.int64))
-    (grad,) = torch.autograd.grad(out.loss**2, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+@pytest.mark.parametrize(
+    "function", ["dpo_loss", "sequence_logps", "token_logps", "linear_dpo_loss", "preference_loss"]
+)
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivative_raises(function, power):
+    """Never a silent zero, whether or not the incoming gradient depends on the input."""
+    x, targets = torch.randn(2, 3, 5, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)
+    call = {
+        "dpo_loss": lambda: dpo_fast.dpo_loss(x, targets).loss,
+        "sequence_logps": lambda: dpo_fast.sequence_logps(x, targets).sum(),
+        "token_logps": lambda: dpo_fast.token_logps(x, targets).logps.sum(),
+        "linear_dpo_loss": lambda: dpo_fast.linear_dpo_loss(x, torch.ones(7, 5), targets).loss,
+        "preference_loss": lambda: dpo_fast.preference_loss(x[:, 0, 0]).loss,
+    }[function]
+    (grad,) = torch.autograd.grad(call() ** power, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         grad.sum().backward()
+
+
+def test_inplace_under_compile_spares_the_logits():
+    """A compiled graph has no version counters: there the gradient is allocated, and other uses of the logits are right."""
+    x, w = torch.randn(2, 3, 7), torch.randn(7, 7)
+    targets = torch.randint(0, 7, (2, 3))
+
+    def step(w, inplace):
+        z = torch.tanh(x @ w)
+        return (z * z).sum() + dpo_fast.dpo_loss(z, targets, inplace_backward=inplace).loss, z
+
+    torch._dynamo.reset()
+    grads = []
+    for function, inplace in ((step, False), (torch.compile(step, fullgraph=True), True)):
+        leaf = w.clone().requires_grad_()
+        function(leaf, inplace)[0].backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_compile_with_a_changing_beta_and_shape():
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, t, b: dpo_fast.dpo_loss(x, t, beta=b).loss, fullgraph=True, dynamic=True)
+    for T, beta in ((3, 0.1), (5, 0.2), (8, 0.3)):
+        x, targets = torch.randn(2, T, 7), torch.randint(0, 7, (2, T))
+        torch.testing.assert_close(step(x, targets, beta), dpo_fast.dpo_loss(x, targets, beta=beta).loss)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -120,10 +120,10 @@ double raw_logit(const Rows& rows, const char* x, int64_t v) {
 
 int row_state(const Rows& rows, int64_t row) {
   if (rows.row_mask && !rows.row_mask[row]) return 0;
-  if (rows.weights && load_float(rows.weights, row, rows.wide) == 0) return 0;
+  if (rows.weights && rows.weights[row] == 0) return 0;
   const int64_t* targets = rows.targets + row * rows.n_targets;
   for (int64_t k = 0; k < rows.n_targets; ++k) {
-    if (targets[k] == rows.ignore_index) return 0;
+    if (targets[k] == rows.ignore_index && rows.ignore_index != kIgnoreNothing) return 0;
     if (targets[k] < 0 || targets[k] >= rows.vocab) return (int)(-1 - k);
   }
   return 1;
@@ -145,7 +145,8 @@ void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const Token
   for (int64_t k = 0; k < rows.n_targets; ++k) {
     const int64_t i = row * rows.n_targets + k, target = rows.targets[i];
     store_float(out.logps, i, row_logp(total, logit_value(rows, x, target), unit), rows.wide);
-    if (out.is_top1) out.is_top1[i] = total.argmax == target && total.sum == total.sum;
+    // without a largest logit (all -inf, which a soft-cap makes finite) the first one counts
+    if (out.is_top1) out.is_top1[i] = (total.argmax < 0 ? 0 : total.argmax) == target && total.sum > 0;
   }
   store_float(out.stats, 2 * row, total.shift, rows.wide);
   store_float(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);

@@ -17,6 +17,7 @@ enum TransformKind { kPlain = 0, kScaled = 1, kCapped = 2 };
 constexpr int kTransformKinds = 3;
 
 constexpr int64_t kPieceLogits = 32768;
+constexpr int64_t kIgnoreNothing = INT64_MIN;
 
 // The functions for one type of logits, by transform. Strides are in elements.
 struct TypeKernels {
@@ -49,11 +50,11 @@ struct Rows {
   char* logits;
   const int64_t* targets;   // [rows, n_targets]
   const uint8_t* row_mask;  // [rows], null: every row counts
-  const void* weights;      // [rows], null: 1; a row of weight 0 is ignored
+  const double* weights;    // [rows], null: 1; a row of weight 0 is ignored
   LogitTransform transform;
   int64_t seq_stride, row_stride, vocab_stride;
   int64_t rows_per_seq, n_rows, vocab, n_targets;
-  int64_t ignore_index;
+  int64_t ignore_index;  // kIgnoreNothing: no target
   int logit_type, transform_kind, logit_bytes;
   bool wide;
 };

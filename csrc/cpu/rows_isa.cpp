@@ -13,6 +13,9 @@ constexpr int kUnroll = 4;
 // The shift follows the maximum only when it is passed by this much (in z): fewer restarts, and exp(kSlack) is far from
 // overflow. It stays small because the rounding of x - shift grows with it.
 constexpr double kSlack = 8;
+// With extras it stays at the maximum: entropy is a difference of two numbers that grow with the distance.
+template <bool kExtras>
+constexpr double kSlackFor = kExtras ? 0 : kSlack;
 constexpr int kPrefetchBytes = 2048;
 
 // The transform in the precision of the vectors.
@@ -181,7 +184,7 @@ RowPart forward(const void* logits, int64_t stride, int64_t n, const LogitTransf
     RowPart part = forward_block<Io, kKind, kExtras>(block, size, total.shift, c);
     double top = part.max;
     if constexpr (kKind == kCapped) top = shift_domain<kKind>(splat<V>(top), c)[0];
-    if (top > total.shift + kSlack / unit) part = forward_block<Io, kKind, kExtras>(block, size, top, c);
+    if (top > total.shift + kSlackFor<kExtras> / unit) part = forward_block<Io, kKind, kExtras>(block, size, top, c);
     if constexpr (kExtras)
       if (part.max > total.max) part.argmax = start + first_position<Io>(block, size, part.max);
     merge_parts(total, part, unit);
@@ -216,6 +219,12 @@ DPO_FAST_INLINE void backward_turn(const typename Io::Storage* x, typename Io::S
   for (int k = 0; k < kUnroll; k += Io::kVectors) Io::store(dx + k / Io::kVectors * Io::kElements, v + k);
 }
 
+// A NaN without payload, which rounding to bfloat16 cannot carry away.
+template <class Scalar>
+Scalar plain_nan(Scalar x) {
+  return x == x ? x : (Scalar)NAN;
+}
+
 template <class Io, TransformKind kKind, bool kEntropy>
 void backward(const void* logits, int64_t stride, void* grad_logits, int64_t dx_stride, int64_t n,
               const LogitTransform& transform, const RowGrad& grad) {
@@ -228,9 +237,9 @@ void backward(const void* logits, int64_t stride, void* grad_logits, int64_t dx_
   // without a soft-cap dz/dx is one number, which the coefficients take in
   const double slope = kKind == kScaled ? transform.logit_scale / transform.temperature : 1;
   const V shift = splat<V>((Scalar)grad.shift);
-  const V coef = splat<V>((Scalar)(grad.coef * slope));
-  const V entropy_coef = splat<V>((Scalar)(grad.entropy_coef * slope));
-  const V mean_d = splat<V>((Scalar)grad.mean_d);
+  const V coef = splat<V>(plain_nan((Scalar)(grad.coef * slope)));
+  const V entropy_coef = splat<V>(plain_nan((Scalar)(grad.entropy_coef * slope)));
+  const V mean_d = splat<V>(plain_nan((Scalar)grad.mean_d));
   const bool contiguous = stride == 1 && dx_stride == 1;
   Storage packed[kTurn<Io>];
   int64_t i = 0;

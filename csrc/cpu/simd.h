@@ -269,7 +269,8 @@ struct BFloat16 {
     v[0] = (VecF)(w << 16);
     v[1] = (VecF)(w & 0xffff0000u);
   }
-  // Round to nearest even. A NaN made from bfloat16 input has no low bits set, so the addition cannot carry it away.
+  // Round to nearest even. NaNs come from bfloat16 input or plain_nan and have no low bits set, so the addition cannot
+  // carry them away.
   DPO_FAST_INLINE VecU round(VecF v) {
     const VecU u = (VecU)v;
     return u + ((u >> 16) & 1) + 0x7fffu;
