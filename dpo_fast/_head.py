@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_fast._sequences import wide_type
+
 # A tile has at least this many rows, whatever the budget: products of fewer rows waste the weight's read.
 ROW_GROUP = 32
 
@@ -93,10 +95,6 @@ def head_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
         out.addmm_(hidden @ head.lora_a.t(), head.lora_b.t(), alpha=head.lora_scaling)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 where the device can give that from half types."""
     if a.dtype in (torch.bfloat16, torch.float16):
@@ -128,7 +126,7 @@ class HeadGrads:
         if needs.weight:
             self._sum("weight", dz.t(), hidden, scale)
         if needs.bias:
-            self._put("bias", dz.sum(0, dtype=_wide(dz.dtype)), scale)
+            self._put("bias", dz.sum(0, dtype=wide_type(dz.dtype)), scale)
         if head.lora_a is not None and head.lora_b is not None:
             if needs.lora_b:
                 self._sum("lora_b", dz.t(), hidden @ head.lora_a.t(), scale * head.lora_scaling)
@@ -152,7 +150,7 @@ class HeadGrads:
             self.sums[name].add_(value, alpha=scale)
             return
         if self.several:
-            value = value.to(_wide(value.dtype))
+            value = value.to(wide_type(value.dtype))
         self.sums[name] = value if scale == 1 else value * scale
 
     def result(self) -> tuple[Tensor, ...]:

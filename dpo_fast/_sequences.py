@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of log-probs, losses and statistics for logits of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def kept_rows(targets: Tensor, ignore_index: int, weights: Tensor | None) -> Tensor:
     """Rows that count: the target is not ignore_index and the weight is not 0."""
     kept = targets != ignore_index

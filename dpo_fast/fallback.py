@@ -16,14 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_fast._checks import IGNORE_NOTHING, LOSS_TYPES, LogitOptions
-from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors
+from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors, wide_type
 
 # Logits of a chunk, which exist a few times over in float32.
 CHUNK_LOGITS = 1 << 24
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -60,7 +56,7 @@ def _rows_forward(
     logits: Tensor, targets: Tensor, kept: Tensor, options: LogitOptions, want: tuple[bool, ...] = (False,) * 4
 ) -> tuple[Tensor, ...]:
     """As token_forward, for targets [..., K] and kept [...]."""
-    wide = _wide(logits.dtype)
+    wide = wide_type(logits.dtype)
     rows, device = logits.shape[:-1], logits.device
     bad = _bad(logits, targets, kept)
     logps = torch.zeros(targets.shape, dtype=wide, device=device)
@@ -108,7 +104,7 @@ def _rows_backward(
     grad_entropy: Tensor | None,
 ) -> None:
     """Fills grad, which may be the logits, for targets and grad_logps [..., K]."""
-    wide = _wide(logits.dtype)
+    wide = wide_type(logits.dtype)
     bad = _bad(logits, targets, kept)
     for part in _chunks(logits):
         z, slope = _transform(logits[part].to(wide), options)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_fast import ops
 from dpo_fast._checks import check_shape
 from dpo_fast._head import Head, HeadGrads, Needs, head_logits, plan_rows, tile_bounds
-from dpo_fast._sequences import check_cu_seqlens, kept_rows, token_factors
+from dpo_fast._sequences import check_cu_seqlens, kept_rows, token_factors, wide_type
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
@@ -38,10 +38,6 @@ def _rows(index: Tensor | None, start: int, end: int) -> Tensor | slice:
 
 def _size(index: Tensor | None, n_rows: int) -> int:
     return n_rows if index is None else index.shape[0]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 # --- token log-probs as operators -------------------------------------------------------------------------------------
@@ -94,7 +90,7 @@ def _check_head(head: Head, hidden: Tensor, targets: Tensor) -> None:
 
 def _token_outputs(hidden: Tensor, targets: Tensor, want: tuple[bool, ...]) -> list[Tensor]:
     """Zeros for ignored rows: logps, stats and the statistics wanted."""
-    wide, shape = _wide(hidden.dtype), tuple(targets.shape)
+    wide, shape = wide_type(hidden.dtype), tuple(targets.shape)
     out = [hidden.new_zeros(shape, dtype=wide), hidden.new_zeros((*shape, 2), dtype=wide)]
     for i, wanted in enumerate(want):
         out.append(hidden.new_zeros(shape if wanted else (0,), dtype=torch.bool if i == 2 else wide))
@@ -296,7 +292,7 @@ def _linear_dpo_forward_fake(
 ) -> tuple[Tensor, ...]:
     head = Head(weight, bias, lora_a, lora_b, lora_scaling)
     n_seqs, n_pairs = _check_dpo(head, hidden, targets, ref_logps, cu_seqlens, token_weights, pairs)
-    wide = _wide(hidden.dtype)
+    wide = wide_type(hidden.dtype)
     return (
         *[hidden.new_empty(shape, dtype=wide) for shape in ((), (n_pairs,), (n_pairs,), (n_pairs,), (n_seqs,))],
         hidden.new_empty(targets.shape, dtype=wide),
@@ -334,7 +330,7 @@ def _linear_dpo_forward(
     head = Head(weight, bias, lora_a, lora_b, lora_scaling)
     n_seqs, n_pairs = _check_dpo(head, hidden, targets, ref_logps, cu_seqlens, token_weights, pairs)
     options, loss = (ignore_index, temperature, logit_scale, softcap), (loss_type, beta, label_smoothing)
-    wide, V = _wide(hidden.dtype), weight.shape[0]
+    wide, V = wide_type(hidden.dtype), weight.shape[0]
     outputs = _token_outputs(hidden, targets, ())
     logps, stats = outputs[0].view(-1), outputs[1].view(-1, 2)
     losses, chosen_rewards, rejected_rewards = (hidden.new_empty(n_pairs, dtype=wide) for _ in range(3))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dpo_fast import _checks, _cpu, _native, fallback  # noqa: F401  (_native sets the kernels up)
 from dpo_fast._checks import LogitOptions, check_shape
+from dpo_fast._sequences import wide_type
 
 LOGIT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -101,11 +102,6 @@ def _check_logits_type(name: str, logits: Tensor) -> None:
         raise TypeError(f"{name} must be one of {types}, found {logits.dtype}")
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type of log-probs, losses and statistics for logits of `dtype`."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def check_rows(logits: Tensor, targets: Tensor, row_mask: Tensor | None = None, name: str = "logits") -> None:
     """Checks logits [..., V] with targets [...] or [..., K] and row_mask [...]."""
     _checks.check_logits_shape(logits.shape, name)
@@ -175,7 +171,7 @@ class _Call:
     """Addresses of a call's tensors, converted to what the kernels read where needed and kept alive until it ends."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.wide = _wide(dtype)
+        self.wide = wide_type(dtype)
         self.alive: list[Tensor] = []
 
     def _as(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
@@ -253,7 +249,7 @@ def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _token_outputs(logits: Tensor, targets: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    wide = _wide(logits.dtype)
+    wide = wide_type(logits.dtype)
     rows = tuple(logits.shape[:-1])
     shapes = (rows, rows, tuple(targets.shape), rows)
     extras = [
@@ -329,7 +325,7 @@ def _sequence_outputs(
     double_sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
-    wide = _wide(logits.dtype)
+    wide = wide_type(logits.dtype)
     shape = tuple(targets.shape)
     return (
         _new(logits, (n_seqs,), torch.float64 if double_sums else wide),
@@ -421,7 +417,7 @@ def _dpo_outputs(
 ) -> tuple[Tensor, ...]:
     seqs = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
     n_pairs = check_pairs(logits, seqs[0].shape[0], pairs, ref_logps)
-    losses = _loss_outputs(logits, _wide(logits.dtype), n_pairs)
+    losses = _loss_outputs(logits, wide_type(logits.dtype), n_pairs)
     return (*losses, *seqs, _new(logits, (n_pairs, 2), torch.float64))
 
 
