@@ -34,6 +34,20 @@ def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:
     return bounds
 
 
+def check_pair_numbers(pairs: Tensor, n_seqs: int) -> list[list[int]]:
+    """Chosen and rejected sequence of each pair, on the host.
+
+    Raises:
+        IndexError: a number outside [0, n_seqs).
+    """
+    numbers: list[list[int]] = pairs.tolist()
+    for p, pair in enumerate(numbers):
+        for k, s in enumerate(pair):
+            if not 0 <= s < n_seqs:
+                raise IndexError(f"pairs[{p}, {k}] = {s} is outside [0, {n_seqs})")
+    return numbers
+
+
 def sum_by_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sums [S, T] over T, or packed values by sequence."""
     if cu_seqlens is None:

@@ -22,7 +22,7 @@ def info() -> list[tuple[str, str]]:
     from dpo_fast import _cpu, _native
 
     lines.append(("torch", torch.__version__ if torch else "not installed (dpo_fast.numpy only)"))
-    lines.append(("processor", f"{platform.machine()}, {_native.get_num_threads()} usable"))
+    lines.append(("processor", f"{platform.machine()}, {_native.usable_processors()} usable"))
     compiled = ", ".join(name + ("" if supported else " (not on this processor)") for name, supported in _cpu.isas())
     lines.append(("instruction set", f"{_cpu.isa()}; compiled: {compiled}"))
     lines.append(("threads, NumPy", str(_native.get_num_threads())))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_fast._checks import IGNORE_NOTHING, LOSS_TYPES, LogitOptions
-from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors, wide_type
+from dpo_fast._sequences import check_pair_numbers, kept_rows, spread_to_rows, sum_by_sequence, token_factors, wide_type
 
 # Logits of a chunk, which exist a few times over in float32.
 CHUNK_LOGITS = 1 << 24
@@ -211,10 +211,7 @@ def _pair_index(n_seqs: int, pairs: Tensor | None, device: torch.device) -> tupl
     if pairs is None:
         both = torch.arange(n_seqs, device=device)
         return both[: n_seqs // 2], both[n_seqs // 2 :]
-    for p, pair in enumerate(pairs.tolist()):
-        for k, s in enumerate(pair):
-            if not 0 <= s < n_seqs:
-                raise IndexError(f"pairs[{p}, {k}] = {s} is outside [0, {n_seqs})")
+    check_pair_numbers(pairs, n_seqs)
     return pairs[:, 0].long(), pairs[:, 1].long()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_fast import ops
 from dpo_fast._checks import check_shape
 from dpo_fast._head import Head, HeadGrads, Needs, head_logits, plan_rows, tile_bounds
-from dpo_fast._sequences import check_cu_seqlens, kept_rows, token_factors, wide_type
+from dpo_fast._sequences import check_cu_seqlens, check_pair_numbers, kept_rows, token_factors, wide_type
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
@@ -43,19 +43,18 @@ def _size(index: Tensor | None, n_rows: int) -> int:
 # --- token log-probs as operators -------------------------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scaling, Tensor targets"
-_OPTIONS = "int ignore_index, float temperature, float logit_scale, float softcap"
 _NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_lora_a, bool need_lora_b"
 _GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b"
 
 SCHEMAS = {
-    "linear_token_forward": f"({_HEAD}, {_OPTIONS}, bool entropy, bool mean_logits, bool is_top1, "
+    "linear_token_forward": f"({_HEAD}, {ops.OPTIONS}, bool entropy, bool mean_logits, bool is_top1, "
     "bool log_sum_sq_probs, int memory_budget, bool keep, bool compact) -> (Tensor logps, Tensor stats, "
     "Tensor entropy, Tensor mean_logits, Tensor is_top1, Tensor log_sum_sq_probs, Tensor buffer)",
-    "linear_token_backward": f"({_HEAD}, {_OPTIONS}, Tensor logps, Tensor stats, Tensor? entropy, "
+    "linear_token_backward": f"({_HEAD}, {ops.OPTIONS}, Tensor logps, Tensor stats, Tensor? entropy, "
     "Tensor(a!)? buffer, Tensor? grad_logps, Tensor? grad_entropy, int memory_budget, bool compact, "
     f"{_NEEDS}) -> ({_GRADS})",
     "linear_dpo_forward": f"({_HEAD}, Tensor? ref_logps, Tensor? cu_seqlens, Tensor? token_weights, bool average, "
-    f"Tensor? pairs, {_OPTIONS}, int loss_type, float beta, float label_smoothing, bool mean, int memory_budget, "
+    f"Tensor? pairs, {ops.OPTIONS}, int loss_type, float beta, float label_smoothing, bool mean, int memory_budget, "
     f"bool compact, {_NEEDS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, "
     f"Tensor seq_logps, Tensor logps, Tensor stats, Tensor pair_grads, {_GRADS})",
 }
@@ -350,11 +349,7 @@ def _linear_dpo_forward(
     if pairs is None:
         pair_list = [(p, p + n_pairs) for p in range(n_pairs)]
     else:
-        pair_list = [(c, d) for c, d in pairs.tolist()]
-        for p, pair in enumerate(pair_list):
-            for k, s in enumerate(pair):
-                if not 0 <= s < n_seqs:
-                    raise IndexError(f"pairs[{p}, {k}] = {s} is outside [0, {n_seqs})")
+        pair_list = [(c, d) for c, d in check_pair_numbers(pairs, n_seqs)]
 
     wanted = any(needs)
     whole = plan_rows(index.shape[0], V, hidden.dtype.itemsize, budget, False)

@@ -27,25 +27,25 @@ from dpo_fast._sequences import wide_type
 LOGIT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _ROWS = "Tensor logits, Tensor targets"
-_OPTIONS = "int ignore_index, float temperature, float logit_scale, float softcap"
+OPTIONS = "int ignore_index, float temperature, float logit_scale, float softcap"
 _SEQS = "Tensor? cu_seqlens, Tensor? token_weights, bool average"
 _PAIRS = "Tensor? pairs"
 _LOSS = "int loss_type, float beta, float label_smoothing, bool mean"
 _SAVED = "Tensor logps, Tensor stats"
 
 SCHEMAS = {
-    "token_forward": f"({_ROWS}, Tensor? row_mask, {_OPTIONS}, bool entropy, bool mean_logits, bool is_top1, "
+    "token_forward": f"({_ROWS}, Tensor? row_mask, {OPTIONS}, bool entropy, bool mean_logits, bool is_top1, "
     "bool log_sum_sq_probs) -> (Tensor logps, Tensor stats, Tensor entropy, Tensor mean_logits, Tensor is_top1, "
     "Tensor log_sum_sq_probs)",
-    "token_backward": f"({_ROWS}, Tensor? row_mask, {_OPTIONS}, {_SAVED}, Tensor? entropy, Tensor? grad_logps, "
+    "token_backward": f"({_ROWS}, Tensor? row_mask, {OPTIONS}, {_SAVED}, Tensor? entropy, Tensor? grad_logps, "
     "Tensor? grad_entropy)",
-    "sequence_forward": f"({_ROWS}, {_SEQS}, {_OPTIONS}, bool double_sums) -> (Tensor seq_logps, "
+    "sequence_forward": f"({_ROWS}, {_SEQS}, {OPTIONS}, bool double_sums) -> (Tensor seq_logps, "
     "Tensor logps, Tensor stats)",
-    "sequence_backward": f"({_ROWS}, {_SEQS}, {_OPTIONS}, {_SAVED}, Tensor grad_seq_logps)",
-    "dpo_forward": f"({_ROWS}, Tensor? ref_logps, {_SEQS}, {_PAIRS}, {_OPTIONS}, {_LOSS}) -> (Tensor loss, "
+    "sequence_backward": f"({_ROWS}, {_SEQS}, {OPTIONS}, {_SAVED}, Tensor grad_seq_logps)",
+    "dpo_forward": f"({_ROWS}, Tensor? ref_logps, {_SEQS}, {_PAIRS}, {OPTIONS}, {_LOSS}) -> (Tensor loss, "
     "Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor seq_logps, Tensor logps, Tensor stats, "
     "Tensor pair_grads)",
-    "dpo_backward": f"({_ROWS}, {_SEQS}, {_PAIRS}, {_OPTIONS}, bool mean, {_SAVED}, Tensor pair_grads, "
+    "dpo_backward": f"({_ROWS}, {_SEQS}, {_PAIRS}, {OPTIONS}, bool mean, {_SAVED}, Tensor pair_grads, "
     "Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_seq_logps)",
     "preference_forward": f"(Tensor logps, Tensor? ref_logps, {_PAIRS}, {_LOSS}) -> (Tensor loss, Tensor losses, "
     "Tensor chosen_rewards, Tensor rejected_rewards, Tensor pair_grads)",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from helpers import (
     naive_entropy,
     naive_sequence_logps,
     naive_token_logps,
+    peak_growth,
     random_pairs,
     to_numpy,
 )
@@ -481,19 +480,16 @@ def test_bad_input():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak resident memory as Linux reports it")
 def test_peak_memory_stays_within_budget_and_gradients():
     """Logits of 400 MB with a budget of 32 MB, in a fresh process."""
-    code = """
-    import resource, torch, dpo_fast
-    def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    growth = peak_growth("""
     def step(T, V, budget):
         hidden, weight = torch.randn(4, T, 64, requires_grad=True), torch.randn(V, 64, requires_grad=True)
         targets = torch.randint(0, V, (4, T))
-        before = peak()
-        dpo_fast.linear_dpo_loss(hidden, weight, targets, memory_budget=budget).loss.backward()
-        return peak() - before
+        return peak_growth(
+            lambda: dpo_fast.linear_dpo_loss(hidden, weight, targets, memory_budget=budget).loss.backward()
+        )
     step(8, 1000, 1 << 20)
     print(step(512, 49152, 32 << 20))
-    """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    """)
     gradients = 4 * (49152 * 64 + 4 * 512 * 64)
     # products of oneDNN/MKL take scratch of their own, of the size of a packed operand
-    assert int(run.stdout) <= (32 << 20) + 2.5 * gradients
+    assert growth <= (32 << 20) + 2.5 * gradients
