@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_fast._native import get_num_threads, set_num_threads
+    from dpo_fast._sequences import ld_dpo_weights
     from dpo_fast.collate import completion_targets
     from dpo_fast.linear import linear_dpo_loss, linear_plan, linear_sequence_logps, linear_token_logps
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "completion_targets": "collate",
     "dpo_loss": "losses",
     "get_num_threads": "_native",
+    "ld_dpo_weights": "_sequences",
     "linear_dpo_loss": "linear",
     "linear_plan": "linear",
     "linear_sequence_logps": "linear",
@@ -41,6 +43,7 @@ __all__ = [
     "completion_targets",
     "dpo_loss",
     "get_num_threads",
+    "ld_dpo_weights",
     "linear_dpo_loss",
     "linear_plan",
     "linear_sequence_logps",

@@ -10,9 +10,6 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The names of the losses and their numbers in csrc/preference_loss.h (enum LossType).
-LOSS_TYPES = {"sigmoid": 0}
-
 # The optional statistics of a token, beside its log-probability.
 TOKEN_OUTPUTS = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -29,14 +26,6 @@ class LogitOptions(NamedTuple):
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float = 0.0
-
-
-class LossOptions(NamedTuple):
-    """A preference loss and its parameters."""
-
-    loss_type: int
-    beta: float
-    label_smoothing: float
 
 
 class Layout(NamedTuple):
@@ -56,17 +45,6 @@ def logit_options(ignore_index: int, temperature: float, logit_scale: float, sof
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, found {value}")
     return LogitOptions(operator.index(ignore_index), float(temperature), float(logit_scale), float(softcap or 0.0))
-
-
-def loss_options(loss_type: str, beta: float, label_smoothing: float) -> LossOptions:
-    """Checks a loss's name and parameters."""
-    if not isinstance(loss_type, str) or loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(map(repr, LOSS_TYPES))}, found {loss_type!r}")
-    if not -math.inf < beta < math.inf:  # also for NaN; math.isfinite would stop torch.compile
-        raise ValueError(f"beta must be finite, found {beta}")
-    if not 0 <= label_smoothing <= 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5], found {label_smoothing}")
-    return LossOptions(LOSS_TYPES[loss_type], float(beta), float(label_smoothing))
 
 
 def check_reduction(reduction: str) -> None:

@@ -23,14 +23,21 @@ def token_forward(
 def sequence_forward(
     rows: _Tuple, seqs: _Tuple, threads: int, logps: int, stats: int, seq_logps: int, double_sums: bool
 ) -> None: ...
+def loss_types() -> list[tuple[str, int]]: ...
 def dpo_forward(
     rows: _Tuple,
     seqs: _Tuple,
+    pairs_spec: _Tuple,
     loss_spec: _Tuple,
     threads: int,
+    wpo: bool,
     ref_logps: int,
     logps: int,
     stats: int,
+    entropy: int,
+    mean_logits: int,
+    is_top1: int,
+    log_sum_sq_probs: int,
     seq_logps: int,
     loss: int,
     losses: int,
@@ -41,7 +48,7 @@ def dpo_forward(
 def backward(
     rows: _Tuple,
     seqs: _Tuple | None,
-    loss_spec: _Tuple | None,
+    pairs_spec: _Tuple | None,
     threads: int,
     logps: int,
     stats: int,
@@ -58,11 +65,13 @@ def backward(
     grad_vocab_stride: int,
 ) -> None: ...
 def preference_forward(
+    pairs_spec: _Tuple,
     loss_spec: _Tuple,
     wide: bool,
     n_seqs: int,
     logps: int,
     ref_logps: int,
+    lengths: int,
     loss: int,
     losses: int,
     chosen_rewards: int,
@@ -70,7 +79,7 @@ def preference_forward(
     pair_grads: int,
 ) -> None: ...
 def preference_backward(
-    loss_spec: _Tuple,
+    pairs_spec: _Tuple,
     wide: bool,
     n_seqs: int,
     pair_grads: int,

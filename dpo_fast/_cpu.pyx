@@ -14,11 +14,13 @@ integers are int64; all of them contiguous.
 
 `rows` is (logit_type, logits, seq_stride, row_stride, vocab_stride, n_seqs, rows_per_seq, vocab, targets, n_targets,
 row_mask, weights, ignore_index, logit_scale, temperature, softcap), strides in elements, softcap 0 for none; packed
-rows are one sequence of n_rows. `seqs` is (cu_seqlens, n_seqs, average). `loss` is (pairs, n_pairs, loss_type, beta,
-label_smoothing, mean): pairs 0 means first half chosen, second half rejected; mean: reduce by mean, else by sum.
+rows are one sequence of n_rows. `seqs` is (cu_seqlens, n_seqs, average). `pairs` is (pairs, n_pairs, pair_weights,
+baseline, divisor): pairs 0 means first half chosen, second half rejected, a number of -1 in them an absent side; the
+reduced loss is the sum over pairs divided by divisor, by n_pairs where that is 0. `loss` is dpo_fast._loss_options.LossOptions.
 """
 
 from cython.parallel cimport prange
+from libc.math cimport NAN, exp
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
@@ -79,14 +81,30 @@ cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
 
 
 cdef extern from "preference_loss.h" namespace "dpo_fast" nogil:
+    const int kMaxLossTerms, kLossTypes, kUnpaired, kLengths
+
     cdef struct LossOptions:
-        int loss_type
-        double beta, label_smoothing
+        int n_terms
+        int* types
+        double* weights
+        double beta, label_smoothing, discopop_tau, simpo_gamma
+        int divergence
+        double alpha, desirable_weight, undesirable_weight, baseline, tokens_per_pair
+        bint average
+
+    cdef struct Side:
+        bint present
+        double logp, ratio, length
+
+    cdef struct Pair:
+        Side chosen, rejected
 
     cdef struct PairLoss:
         double loss, d_chosen, d_rejected
 
-    PairLoss preference_loss(double, double, const LossOptions&)
+    const char* loss_name(int)
+    int loss_flags(int)
+    PairLoss pair_loss(Pair, const LossOptions&)
 
 
 cdef struct Sequences:
@@ -98,8 +116,9 @@ cdef struct Sequences:
 cdef struct Pairs:
     const int64_t* pairs
     int64_t n_pairs
-    LossOptions options
-    bint mean
+    const double* weights
+    const double* baseline
+    double divisor
 
 
 # Below this many logits a second thread costs more than it saves (docs/performance.md).
@@ -215,18 +234,59 @@ cdef Sequences make_seqs(tuple spec, const Rows* rows) except *:
     return seqs
 
 
-cdef Pairs make_pairs(tuple spec, int64_t n_seqs) except *:
+cdef Pairs make_pairs(tuple spec, int64_t n_seqs, bint unpaired) except *:
     cdef Pairs pairs
-    cdef uintptr_t address
+    cdef uintptr_t address, weights, baseline
     cdef int64_t i
-    (address, pairs.n_pairs, pairs.options.loss_type, pairs.options.beta, pairs.options.label_smoothing,
-     pairs.mean) = spec
+    address, pairs.n_pairs, weights, baseline, pairs.divisor = spec
     pairs.pairs = <const int64_t*>address
-    if pairs.pairs != NULL:
+    pairs.weights = <const double*>weights
+    pairs.baseline = <const double*>baseline
+    if pairs.divisor == 0:
+        pairs.divisor = pairs.n_pairs
+    if pairs.pairs == NULL:
+        if 2 * pairs.n_pairs > n_seqs:
+            raise ValueError(f"{pairs.n_pairs} pairs need {2 * pairs.n_pairs} sequences, found {n_seqs}")
+    else:
         for i in range(2 * pairs.n_pairs):
-            if pairs.pairs[i] < 0 or pairs.pairs[i] >= n_seqs:
+            if pairs.pairs[i] >= n_seqs or pairs.pairs[i] < (-1 if unpaired else 0):
                 raise IndexError(f"pairs[{i // 2}, {i % 2}] = {pairs.pairs[i]} is outside [0, {n_seqs})")
     return pairs
+
+
+cdef LossOptions make_loss(tuple spec, const Pairs* pairs) except *:
+    cdef LossOptions options
+    cdef int i
+    (types, weights, options.beta, options.label_smoothing, options.discopop_tau, options.simpo_gamma,
+     options.divergence, options.alpha, options.desirable_weight, options.undesirable_weight,
+     options.tokens_per_pair, options.average) = spec
+    if len(types) > kMaxLossTerms or len(types) != len(weights):
+        raise ValueError(f"a loss has up to {kMaxLossTerms} terms with a weight each, found {types} and {weights}")
+    options.n_terms = len(types)
+    for i in range(options.n_terms):
+        options.types[i] = types[i]
+        options.weights[i] = weights[i]
+        if not 0 <= options.types[i] < kLossTypes:
+            raise ValueError(f"there is no loss number {options.types[i]}")
+    options.baseline = pairs.baseline[0] if pairs.baseline != NULL else 0
+    return options
+
+
+cdef bint any_term(const LossOptions* options, int flag) noexcept nogil:
+    cdef int i
+    for i in range(options.n_terms):
+        if loss_flags(options.types[i]) & flag:
+            return True
+    return False
+
+
+cdef bint spec_is_unpaired(tuple spec) except *:
+    return any(loss_flags(t) & kUnpaired for t in spec[0])
+
+
+def loss_types():
+    """(name, flags) of each loss, by its number: DPO_FAST_LOSSES and LossFlags in csrc/preference_loss.h."""
+    return [(loss_name(i).decode(), loss_flags(i)) for i in range(kLossTypes)]
 
 
 cdef inline int64_t seq_start(const Sequences* seqs, const Rows* rows, int64_t s) noexcept nogil:
@@ -380,48 +440,99 @@ cdef int refuse_null_losses(
     return refuse_null(pair_grads, n_pairs, "pair_grads")
 
 
-cdef void pair_losses(
-    const Pairs* pairs, const double* logps, const double* ref_logps, bint wide, void* loss, void* losses,
-    void* chosen_rewards, void* rejected_rewards, double* pair_grads,
+cdef void count_targets(const Rows* rows, const Sequences* seqs, double* lengths) noexcept nogil:
+    """lengths[s]: the targets that are not ignore_index, whatever their weight."""
+    cdef int64_t s, row
+    for s in range(seqs.n_seqs):
+        lengths[s] = 0
+        for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
+            lengths[s] += rows.targets[row * rows.n_targets] != rows.ignore_index
+
+
+cdef void wpo_weights(
+    const Rows* rows, const Sequences* seqs, const TokenArrays* tokens, double* seq_weights
 ) noexcept nogil:
+    """seq_weights[s] = exp(mean_n(logp_n - log sum_v p_v^2)) (WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2)."""
+    cdef int64_t s, row, n
+    cdef double total
+    for s in range(seqs.n_seqs):
+        total = 0
+        n = 0
+        for row in range(seq_start(seqs, rows, s), seq_start(seqs, rows, s + 1)):
+            if row_state(rows[0], row) > 0:
+                total += load_float(tokens.logps, row, rows.wide) - load_float(tokens.log_sum_sq_probs, row, rows.wide)
+                n += 1
+        seq_weights[s] = exp(total / n) if n > 0 else 1
+
+
+cdef Side side_of(int64_t s, const double* logps, const double* ref_logps, const double* lengths) noexcept nogil:
+    cdef Side side
+    side.present = s >= 0
+    side.logp = logps[s] if s >= 0 else 0
+    side.ratio = side.logp
+    if s >= 0 and ref_logps != NULL:
+        side.ratio -= ref_logps[s]
+    side.length = lengths[s] if s >= 0 and lengths != NULL else 0
+    return side
+
+
+cdef double chosen_tokens(const Pairs* pairs, const double* lengths) noexcept nogil:
+    cdef int64_t p
+    cdef double total = 0
+    for p in range(pairs.n_pairs):
+        total += lengths[chosen_of(pairs, p)]
+    return total
+
+
+cdef void pair_losses(
+    const Pairs* pairs, LossOptions options, const double* logps, const double* ref_logps, const double* lengths,
+    const double* seq_weights, bint wide, void* loss, void* losses, void* chosen_rewards, void* rejected_rewards,
+    double* pair_grads,
+) noexcept nogil:
+    """The losses, rewards and derivatives of all pairs. lengths and seq_weights may be null."""
     cdef int64_t p, c, d
-    cdef double lr_chosen, lr_rejected, total = 0
-    cdef PairLoss pair
+    cdef double total = 0, weight
+    cdef Pair pair
+    cdef PairLoss result
+    if options.tokens_per_pair == 0 and lengths != NULL:
+        options.tokens_per_pair = chosen_tokens(pairs, lengths) / pairs.n_pairs
     for p in range(pairs.n_pairs):
         c = chosen_of(pairs, p)
         d = rejected_of(pairs, p)
-        lr_chosen = logps[c]
-        lr_rejected = logps[d]
-        if ref_logps != NULL:
-            lr_chosen -= ref_logps[c]
-            lr_rejected -= ref_logps[d]
-        pair = preference_loss(lr_chosen, lr_rejected, pairs.options)
-        total += pair.loss
-        store_float(losses, p, pair.loss, wide)
-        store_float(chosen_rewards, p, pairs.options.beta * lr_chosen, wide)
-        store_float(rejected_rewards, p, pairs.options.beta * lr_rejected, wide)
-        pair_grads[2 * p] = pair.d_chosen
-        pair_grads[2 * p + 1] = pair.d_rejected
-    store_float(loss, 0, total / pairs.n_pairs if pairs.mean else total, wide)
+        pair.chosen = side_of(c, logps, ref_logps, lengths)
+        pair.rejected = side_of(d, logps, ref_logps, lengths)
+        result = pair_loss(pair, options)
+        weight = pairs.weights[p] if pairs.weights != NULL else 1
+        if seq_weights != NULL:
+            weight *= seq_weights[c] * seq_weights[d]
+        total += weight * result.loss
+        store_float(losses, p, weight * result.loss, wide)
+        store_float(chosen_rewards, p, options.beta * pair.chosen.ratio if c >= 0 else NAN, wide)
+        store_float(rejected_rewards, p, options.beta * pair.rejected.ratio if d >= 0 else NAN, wide)
+        pair_grads[2 * p] = weight * result.d_chosen
+        pair_grads[2 * p + 1] = weight * result.d_rejected
+    store_float(loss, 0, total / pairs.divisor, wide)
 
 
 cdef void pair_grads_to_seqs(
     const Pairs* pairs, const double* pair_grads, const void* grad_loss, const void* grad_losses,
     const void* grad_logps, int64_t n_seqs, bint wide, double* grad_seq,
 ) noexcept nogil:
-    cdef int64_t s, p
+    cdef int64_t s, p, c, d
     cdef double g, common = 0
     for s in range(n_seqs):
         grad_seq[s] = load_float(grad_logps, s, wide) if grad_logps != NULL else 0
     if grad_loss != NULL:
-        common = load_float(grad_loss, 0, wide)
-        if pairs.mean:
-            common /= pairs.n_pairs
+        common = load_float(grad_loss, 0, wide) / pairs.divisor
     for p in range(pairs.n_pairs):
         g = common + (load_float(grad_losses, p, wide) if grad_losses != NULL else 0)
         if g != 0:  # no gradient, no part in it: a derivative may be NaN
-            grad_seq[chosen_of(pairs, p)] += g * pair_grads[2 * p]
-            grad_seq[rejected_of(pairs, p)] += g * pair_grads[2 * p + 1]
+            c = chosen_of(pairs, p)
+            d = rejected_of(pairs, p)
+            if c >= 0:
+                grad_seq[c] += g * pair_grads[2 * p]
+            if d >= 0:
+                grad_seq[d] += g * pair_grads[2 * p + 1]
 
 
 cdef TokenArrays make_arrays(
@@ -469,42 +580,57 @@ def sequence_forward(
 
 
 def dpo_forward(
-    tuple rows, tuple seqs, tuple loss_spec, int threads, uintptr_t ref_logps, uintptr_t logps, uintptr_t stats,
-    uintptr_t seq_logps, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
-    uintptr_t pair_grads,
+    tuple rows, tuple seqs, tuple pairs_spec, tuple loss_spec, int threads, bint wpo, uintptr_t ref_logps,
+    uintptr_t logps, uintptr_t stats, uintptr_t entropy, uintptr_t mean_logits, uintptr_t is_top1,
+    uintptr_t log_sum_sq_probs, uintptr_t seq_logps, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards,
+    uintptr_t rejected_rewards, uintptr_t pair_grads,
 ):
-    """Fills logps [rows], stats [rows, 2], seq_logps [n_seqs], loss [], losses and rewards [n_pairs] and pair_grads
+    """Fills logps [rows], stats [rows, 2], the other statistics of tokens [rows] that are not 0 (with wpo,
+    log_sum_sq_probs has to be there), seq_logps [n_seqs], loss [], losses and rewards [n_pairs] and pair_grads
     [n_pairs, 2] (float64): the derivatives of each pair's loss with respect to its two log-probs."""
     cdef Rows r = make_rows(rows)
     cdef Sequences q = make_seqs(seqs, &r)
-    cdef Pairs p = make_pairs(loss_spec, q.n_seqs)
-    cdef TokenArrays out = make_arrays(logps, stats, 0, 0, 0, 0)
+    cdef Pairs p = make_pairs(pairs_spec, q.n_seqs, spec_is_unpaired(loss_spec))
+    cdef LossOptions options = make_loss(loss_spec, &p)
+    cdef TokenArrays out = make_arrays(logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs)
     cdef double* sums = NULL
+    cdef double* lengths = NULL
+    cdef double* seq_weights = NULL
     cdef int64_t s
     refuse_null(seq_logps, q.n_seqs, "seq_logps")
     refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
+    if wpo:
+        refuse_null(log_sum_sq_probs, r.n_rows, "log_sum_sq_probs")
     run_forward(&r, &out, threads)
     try:
         sums = <double*>allocate(q.n_seqs, sizeof(double))
         sum_sequences(&r, &q, out.logps, sums)
         for s in range(q.n_seqs):
             store_float(<void*>seq_logps, s, sums[s], r.wide)
+        if any_term(&options, kLengths):
+            lengths = <double*>allocate(q.n_seqs, sizeof(double))
+            count_targets(&r, &q, lengths)
+        if wpo:
+            seq_weights = <double*>allocate(q.n_seqs, sizeof(double))
+            wpo_weights(&r, &q, &out, seq_weights)
         pair_losses(
-            &p, sums, <const double*>ref_logps, r.wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
-            <void*>rejected_rewards, <double*>pair_grads,
+            &p, options, sums, <const double*>ref_logps, lengths, seq_weights, r.wide, <void*>loss, <void*>losses,
+            <void*>chosen_rewards, <void*>rejected_rewards, <double*>pair_grads,
         )
     finally:
+        free(seq_weights)
+        free(lengths)
         free(sums)
 
 
 def backward(
-    tuple rows, tuple seqs, tuple loss_spec, int threads, uintptr_t logps, uintptr_t stats, uintptr_t entropy,
+    tuple rows, tuple seqs, tuple pairs_spec, int threads, uintptr_t logps, uintptr_t stats, uintptr_t entropy,
     uintptr_t pair_grads, uintptr_t grad_token_logps, uintptr_t grad_entropy, uintptr_t grad_seq_logps,
     uintptr_t grad_loss, uintptr_t grad_losses, uintptr_t grad_logits, int64_t grad_seq_stride,
     int64_t grad_row_stride, int64_t grad_vocab_stride,
 ):
     """Fills grad_logits (which may be the logits) from what forward left and the incoming gradients of the token
-    log-probs and entropy, of the sequence log-probs (with `seqs`), and of the loss (with `loss_spec`)."""
+    log-probs and entropy, of the sequence log-probs (with `seqs`), and of the loss (with `pairs_spec`)."""
     cdef Rows r = make_rows(rows)
     cdef TokenArrays saved = make_arrays(logps, stats, entropy, 0, 0, 0)
     cdef TokenGrads grads
@@ -531,12 +657,12 @@ def backward(
             q = make_seqs(seqs, &r)
             grad_seq = <double*>allocate(q.n_seqs, sizeof(double))
             grad_rows = <double*>allocate(r.n_rows, sizeof(double))
-            if loss_spec is not None:
-                p = make_pairs(loss_spec, q.n_seqs)
+            if pairs_spec is not None:
+                p = make_pairs(pairs_spec, q.n_seqs, True)
                 refuse_null(pair_grads, p.n_pairs, "pair_grads")
             else:
                 p.n_pairs = 0
-                p.mean = False
+                p.divisor = 1
             pair_grads_to_seqs(
                 &p, <const double*>pair_grads, <const void*>grad_loss, <const void*>grad_losses,
                 <const void*>grad_seq_logps, q.n_seqs, r.wide, grad_seq,
@@ -551,31 +677,36 @@ def backward(
 
 
 def preference_forward(
-    tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t logps, uintptr_t ref_logps, uintptr_t loss,
-    uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards, uintptr_t pair_grads,
+    tuple pairs_spec, tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t logps, uintptr_t ref_logps,
+    uintptr_t lengths, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
+    uintptr_t pair_grads,
 ):
-    """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`."""
-    cdef Pairs p = make_pairs(loss_spec, n_seqs)
+    """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`, and the lengths [n_seqs]
+    (float64) where the loss reads them."""
+    cdef Pairs p = make_pairs(pairs_spec, n_seqs, spec_is_unpaired(loss_spec))
+    cdef LossOptions options = make_loss(loss_spec, &p)
     cdef double* values
     cdef int64_t s
     refuse_null(logps, n_seqs, "logps")
     refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
+    if any_term(&options, kLengths):
+        refuse_null(lengths, n_seqs, "lengths")
     values = <double*>allocate(n_seqs, sizeof(double))
     for s in range(n_seqs):
         values[s] = load_float(<const void*>logps, s, wide)
     pair_losses(
-        &p, values, <const double*>ref_logps, wide, <void*>loss, <void*>losses, <void*>chosen_rewards,
-        <void*>rejected_rewards, <double*>pair_grads,
+        &p, options, values, <const double*>ref_logps, <const double*>lengths, NULL, wide, <void*>loss,
+        <void*>losses, <void*>chosen_rewards, <void*>rejected_rewards, <double*>pair_grads,
     )
     free(values)
 
 
 def preference_backward(
-    tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t pair_grads, uintptr_t grad_loss, uintptr_t grad_losses,
+    tuple pairs_spec, bint wide, int64_t n_seqs, uintptr_t pair_grads, uintptr_t grad_loss, uintptr_t grad_losses,
     uintptr_t grad_logps,
 ):
     """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses (0: none)."""
-    cdef Pairs p = make_pairs(loss_spec, n_seqs)
+    cdef Pairs p = make_pairs(pairs_spec, n_seqs, True)
     cdef double* grad_seq
     cdef int64_t s
     refuse_null(pair_grads, p.n_pairs, "pair_grads")

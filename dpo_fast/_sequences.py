@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dpo_fast._checks import pair_count
+
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
     """The type of log-probs, losses and statistics for logits of `dtype`."""
@@ -34,8 +36,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:
     return bounds
 
 
-def check_pair_numbers(pairs: Tensor, n_seqs: int) -> list[list[int]]:
-    """Chosen and rejected sequence of each pair, on the host.
+def check_pair_numbers(pairs: Tensor, n_seqs: int, absent: bool = False) -> list[list[int]]:
+    """Chosen and rejected sequence of each pair, on the host; `absent`: -1 stands for a side that is not there.
 
     Raises:
         IndexError: a number outside [0, n_seqs).
@@ -43,7 +45,7 @@ def check_pair_numbers(pairs: Tensor, n_seqs: int) -> list[list[int]]:
     numbers: list[list[int]] = pairs.tolist()
     for p, pair in enumerate(numbers):
         for k, s in enumerate(pair):
-            if not 0 <= s < n_seqs:
+            if not (-1 if absent else 0) <= s < n_seqs:
                 raise IndexError(f"pairs[{p}, {k}] = {s} is outside [0, {n_seqs})")
     return numbers
 
@@ -77,3 +79,65 @@ def token_factors(
     total = sum_by_sequence(factors, cu_seqlens)
     inverse = torch.where(total == 0, torch.zeros_like(total), 1 / total)
     return factors * spread_to_rows(inverse, cu_seqlens, factors.shape)
+
+
+def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, kept: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """exp(mean_n(logp_n - log sum_v p_v^2)) of each sequence (WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2)."""
+    total = sum_by_sequence((logps - log_sum_sq_probs).double(), cu_seqlens)
+    return torch.exp(total / sum_by_sequence(kept.double(), cu_seqlens).clamp(min=1))
+
+
+def _completion_positions(kept: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """1, 2, ... for the tokens of a sequence that count; the others repeat the number before them."""
+    if cu_seqlens is None:
+        return kept.cumsum(-1)
+    numbers = kept.reshape(-1).cumsum(0)
+    before = torch.cat([numbers.new_zeros(1), numbers])[cu_seqlens[:-1].long()]
+    return (numbers - torch.repeat_interleave(before, cu_seqlens.long().diff())).reshape(kept.shape)
+
+
+def ld_dpo_weights(
+    targets: Tensor,
+    ld_alpha: float,
+    *,
+    pairs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Token weights of length-desensitized DPO (LD-DPO, Liu et al. 2024, arXiv:2409.06411, eq. 9).
+
+    The first tokens of a completion, as many as the shorter one of its pair has, weigh 1; those past them ld_alpha.
+
+    Args:
+        targets: [S, T], or packed [N] (or [1, N]) with cu_seqlens.
+        ld_alpha: in [0, 1].
+        pairs, cu_seqlens, ignore_index: as for `dpo_loss`.
+
+    Returns:
+        Like targets, float32.
+
+    Raises:
+        ValueError: ld_alpha outside [0, 1]; a sequence in several pairs whose shorter lengths differ.
+    """
+    if not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must be in [0, 1], found {ld_alpha}")
+    kept = targets != ignore_index
+    positions = _completion_positions(kept, cu_seqlens)
+    lengths = sum_by_sequence(kept.double(), cu_seqlens).long()
+    if pairs is None:
+        pair_count(lengths.shape[0], None)
+        shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+    else:
+        check_pair_numbers(pairs, lengths.shape[0])
+        numbers = pairs.long()
+        shorter = lengths[numbers].amin(-1, keepdim=True).expand(-1, 2).reshape(-1)
+        index = numbers.reshape(-1)
+        # a sequence in no pair keeps its own length
+        shared = lengths.scatter_reduce(0, index, shorter, "amin", include_self=False)
+        if not torch.equal(shared, lengths.scatter_reduce(0, index, shorter, "amax", include_self=False)):
+            raise ValueError(
+                "ld_alpha: a sequence is in several pairs whose shorter completions have different lengths, so that "
+                "its log-prob is not one number; write such pairs out as sequences of their own"
+            )
+    tail = positions > spread_to_rows(shared, cu_seqlens, positions.shape)
+    return torch.where(tail, ld_alpha, 1.0)

@@ -1,7 +1,8 @@
 """The operators in plain torch, for devices without a compiled kernel: exact, a chunk of rows at a time, not fast.
 
 Same arguments and results as the operators of the same name in ops.py, which has checked shapes and types. Nothing here
-waits for the device except where there are cu_seqlens or pairs, which are checked on the host. A target outside the
+waits for the device except for the loss itself, computed on the host, and where there are cu_seqlens or pairs, which
+are checked there. A target outside the
 vocabulary gives NaN for its token and sequence; DPO_FAST_CHECK=1 raises IndexError instead.
 """
 
@@ -12,11 +13,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_fast._checks import IGNORE_NOTHING, LOSS_TYPES, LogitOptions
-from dpo_fast._sequences import check_pair_numbers, kept_rows, spread_to_rows, sum_by_sequence, token_factors, wide_type
+from dpo_fast._checks import IGNORE_NOTHING, LogitOptions
+from dpo_fast._sequences import (
+    check_pair_numbers,
+    kept_rows,
+    spread_to_rows,
+    sum_by_sequence,
+    token_factors,
+    wide_type,
+    wpo_weights,
+)
 
 # Logits of a chunk, which exist a few times over in float32.
 CHUNK_LOGITS = 1 << 24
@@ -211,39 +219,23 @@ def _pair_index(n_seqs: int, pairs: Tensor | None, device: torch.device) -> tupl
     if pairs is None:
         both = torch.arange(n_seqs, device=device)
         return both[: n_seqs // 2], both[n_seqs // 2 :]
-    check_pair_numbers(pairs, n_seqs)
+    check_pair_numbers(pairs, n_seqs, absent=True)
     return pairs[:, 0].long(), pairs[:, 1].long()
 
 
 def preference_forward(
-    logps: Tensor,
-    ref_logps: Tensor | None,
-    pairs: Tensor | None,
-    loss_type: int,
-    beta: float,
-    label_smoothing: float,
-    mean: bool,
+    logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None, *tensors_and_loss: Any
 ) -> tuple[Tensor, ...]:
-    """See ops.py."""
-    if loss_type != LOSS_TYPES["sigmoid"]:
-        raise ValueError(f"loss type {loss_type} has no plain-torch form")
-    ratios = logps if ref_logps is None else (logps - ref_logps).to(logps.dtype)
-    chosen, rejected = _pair_index(logps.shape[0], pairs, logps.device)
-    x = beta * (ratios[chosen] - ratios[rejected])
-    losses = (1 - label_smoothing) * F.softplus(-x, threshold=1e30)
-    slope = -(1 - label_smoothing) * torch.sigmoid(-x)
-    if label_smoothing > 0:
-        losses = losses + label_smoothing * F.softplus(x, threshold=1e30)
-        slope = slope + label_smoothing * torch.sigmoid(x)
-    pair_grads = (beta * torch.stack([slope, -slope], -1)).to(torch.float64)
-    loss = losses.mean() if mean else losses.sum()
-    return loss, losses, beta * ratios[chosen], beta * ratios[rejected], pair_grads
+    """See ops.py. The loss of [S] numbers is computed on the host, where its formulas stand."""
+    args = (logps, ref_logps, lengths, *tensors_and_loss)
+    on_host = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
+    return tuple(out.to(logps.device) for out in torch.ops.dpo_fast.preference_forward(*on_host))
 
 
 def preference_backward(
     logps: Tensor,
     pairs: Tensor | None,
-    mean: bool,
+    divisor: float,
     pair_grads: Tensor,
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
@@ -252,14 +244,16 @@ def preference_backward(
     n_pairs = pair_grads.shape[0]
     g = torch.zeros(n_pairs, dtype=pair_grads.dtype, device=pair_grads.device)
     if grad_loss is not None:
-        g = g + grad_loss / (n_pairs if mean else 1)
+        g = g + grad_loss / (divisor or n_pairs)
     if grad_losses is not None:
         g = g + grad_losses
     chosen, rejected = _pair_index(logps.shape[0], pairs, logps.device)
     grad = torch.zeros(logps.shape, dtype=pair_grads.dtype, device=logps.device)
     # index_put_ with accumulate sorts on CUDA: deterministic, unlike scatter_add_
-    grad.index_put_((chosen,), g * pair_grads[:, 0], accumulate=True)
-    grad.index_put_((rejected,), g * pair_grads[:, 1], accumulate=True)
+    for k, members in enumerate((chosen, rejected)):
+        # an absent side has derivative 0: it may be added anywhere. No gradient, no part in it: a derivative may be NaN
+        values = torch.where(g == 0, torch.zeros_like(g), g * pair_grads[:, k])
+        grad.index_put_((members.clamp(min=0),), values, accumulate=True)
     return grad.to(logps.dtype)
 
 
@@ -271,13 +265,29 @@ def dpo_forward(
     token_weights: Tensor | None,
     average: bool,
     pairs: Tensor | None,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     """See ops.py."""
-    options, loss = rest[:4], rest[4:]
-    sums, logps, stats = sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options, True)
-    *losses, pair_grads = preference_forward(sums, ref_logps, pairs, *loss)
-    return (*[x.to(logps.dtype) for x in (*losses, sums)], logps, stats, pair_grads)
+    options, loss, (wpo, *want) = LogitOptions(*rest[:4]), rest[4:-4], rest[-4:]
+    kept = kept_rows(targets, options.ignore_index, token_weights)
+    statistics = (*want, wpo)
+    logps, stats, *extras = _rows_forward(logits, targets.long().unsqueeze(-1), kept, options, statistics)
+    logps = logps.squeeze(-1)
+    if want[2]:
+        extras[2] = extras[2].squeeze(-1)
+    factors = token_factors(kept, token_weights, cu_seqlens, average, torch.float64)
+    sums = sum_by_sequence(logps.double() * factors, cu_seqlens)
+    if wpo:
+        weights = wpo_weights(logps, extras[3], kept, cu_seqlens)
+        chosen, rejected = _pair_index(sums.shape[0], pairs, logits.device)
+        weights = weights[chosen] * weights[rejected]
+        pair_weights = weights if pair_weights is None else weights * pair_weights
+    lengths = sum_by_sequence((targets != options.ignore_index).double(), cu_seqlens)
+    out = torch.ops.dpo_fast.preference_forward(sums, ref_logps, lengths, pairs, pair_weights, baseline, *loss)
+    *losses, pair_grads = out
+    return (*[x.to(logps.dtype) for x in (*losses, sums)], logps, stats, pair_grads, *extras[:3])
 
 
 def dpo_backward_into(
@@ -291,10 +301,10 @@ def dpo_backward_into(
     *rest: Any,
 ) -> None:
     """See ops.py."""
-    options, (mean, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps) = rest[:4], rest[4:]
+    options, (divisor, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps) = rest[:4], rest[4:]
     n_seqs = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     like = torch.empty(n_seqs, dtype=logps.dtype, device=logits.device)
-    g = preference_backward(like, pairs, mean, pair_grads, grad_loss, grad_losses)
+    g = preference_backward(like, pairs, divisor, pair_grads, grad_loss, grad_losses)
     if grad_seq_logps is not None:
         g = g + grad_seq_logps
     sequence_backward_into(grad, logits, targets, cu_seqlens, token_weights, average, *options, logps, stats, g)

@@ -11,7 +11,7 @@ not four; backward then only scales. Results do not depend on the budget beyond 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -21,19 +21,25 @@ from dpo_fast._autograd import differentiable_once
 from dpo_fast._checks import (
     TOKEN_OUTPUTS,
     LogitOptions,
-    LossOptions,
-    check_reduction,
     check_token_outputs,
     logit_options,
-    loss_options,
 )
 from dpo_fast._head import (
     LinearPlan,
     default_budget,
     plan_rows,
 )
+from dpo_fast._loss_options import LossKeywords, LossOptions, LossType, choose_loss
 from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors
 from dpo_fast.logps import check_no_grad
+from dpo_fast.losses import (
+    check_loss_outputs,
+    loss_pairs,
+    number_tensor,
+    token_weights_of,
+    with_coupled_terms,
+    with_tokens,
+)
 from dpo_fast.outputs import DPOOutput, TokenOutput
 
 Lora = tuple[Tensor, Tensor, float]
@@ -124,38 +130,40 @@ class _LinearDPOLoss(torch.autograd.Function):
         ref_logps: Tensor | None,
         cu_seqlens: Tensor | None,
         token_weights: Tensor | None,
-        average: bool,
         pairs: Tensor | None,
+        pair_weights: Tensor | None,
+        baseline: Tensor | None,
         options: LogitOptions,
         loss_options: LossOptions,
-        mean: bool,
+        divisor: float,
+        wpo: bool,
+        want: tuple[bool, bool, bool],
         budget: int,
         compact: bool,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
+        average = loss_options.average
         out = torch.ops.dpo_fast.linear_dpo_forward(
             hidden, weight, bias, lora_a, lora_b, lora_scaling, targets, ref_logps, cu_seqlens, token_weights, average,
-            pairs, *options, *loss_options, mean, budget, compact, *needs,
+            pairs, pair_weights, baseline, *options, *loss_options, divisor, wpo, *want, budget, compact, *needs,
         )  # fmt: skip
-        loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *grads = out
+        loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads = out[:8]
+        extras, grads = out[8:11], out[11:]
         ctx.save_for_backward(
             hidden, weight, bias, lora_a, lora_b, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads
         )
-        ctx.lora_scaling, ctx.average, ctx.options, ctx.mean = lora_scaling, average, options, mean
-        ctx.budget, ctx.compact, ctx.grads, ctx.n_seqs = budget, compact, grads, seq_logps.shape[0]
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+        ctx.lora_scaling, ctx.average, ctx.options, ctx.divisor = lora_scaling, average, options, divisor
+        ctx.budget, ctx.compact, ctx.n_seqs = budget, compact, seq_logps.shape[0]
+        ctx.grads = list(grads) if any(needs) else None
+        tokens = logps.clone() if want[0] else logps.new_empty(0)
+        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
         ctx.set_materialize_grads(False)
-        return loss, losses, chosen_rewards, rejected_rewards, seq_logps
+        return loss, losses, seq_logps, chosen_rewards, rejected_rewards, tokens, *extras
 
     @staticmethod
     @differentiable_once
     def backward(
-        ctx: Any,
-        grad_loss: Tensor | None,
-        grad_losses: Tensor | None,
-        grad_chosen: Any,
-        grad_rejected: Any,
-        grad_seq_logps: Tensor | None,
+        ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_seq_logps: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         hidden, weight, bias, lora_a, lora_b, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads = (
@@ -163,17 +171,17 @@ class _LinearDPOLoss(torch.autograd.Function):
         )
         needs = ctx.needs_input_grad[:5]
         if grad_loss is None and grad_losses is None and grad_seq_logps is None:
-            return (None,) * 18
+            return (None,) * 21
         grads, ctx.grads = ctx.grads, None
         if grads is not None and grad_loss is not None and grad_losses is None and grad_seq_logps is None:
             # made in forward, for a gradient of 1
             if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
                 grads = [grad.mul_(grad_loss) for grad in grads]
             grads = [grad.to(hidden.dtype) for grad in grads]
-            return (*_optional(grads, needs), *(None,) * 13)
+            return (*_optional(grads, needs), *(None,) * 16)
         del grads
         like = logps.new_empty(ctx.n_seqs)
-        g = torch.ops.dpo_fast.preference_backward(like, pairs, ctx.mean, pair_grads, grad_loss, grad_losses)
+        g = torch.ops.dpo_fast.preference_backward(like, pairs, ctx.divisor, pair_grads, grad_loss, grad_losses)
         if grad_seq_logps is not None:
             g = g + grad_seq_logps
         kept = kept_rows(targets, ctx.options.ignore_index, token_weights)
@@ -184,7 +192,7 @@ class _LinearDPOLoss(torch.autograd.Function):
             hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, None, None,
             grad_logps, None, ctx.budget, ctx.compact, *needs,
         )  # fmt: skip
-        return (*_optional(out, needs), *(None,) * 13)
+        return (*_optional(out, needs), *(None,) * 16)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -327,19 +335,26 @@ def linear_dpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     pairs: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    desirable: Tensor | None = None,
+    baseline: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
-    average: bool = False,
+    ld_alpha: float | None = None,
+    wpo: bool = False,
+    average: bool | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    outputs: Sequence[str] = (),
     memory_budget: int | None = None,
     compact: bool = True,
+    **options: Unpack[LossKeywords],
 ) -> DPOOutput:
     """`dpo_loss` of logits = hidden @ weight.T + bias, which are never built whole.
 
@@ -360,10 +375,25 @@ def linear_dpo_loss(
     Raises:
         ValueError, TypeError, IndexError: as `dpo_loss` and `linear_token_logps`.
     """
-    check_reduction(reduction)
-    check_no_grad("token_weights", token_weights)
-    options = logit_options(ignore_index, temperature, logit_scale, softcap)
-    loss = loss_options(loss_type, beta, label_smoothing)
+    logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
+    loss = choose_loss(
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        average=average,
+        reduction=reduction,
+        with_reference=ref_logps is not None or ref_hidden is not None,
+        with_baseline=baseline is not None,
+        with_token_weights=token_weights is not None or ld_alpha is not None,
+        wpo=wpo,
+        **options,
+    )
+    want = check_loss_outputs(outputs)
+    if loss.unpaired or desirable is not None:
+        n_seqs = ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
+        pairs = loss_pairs(loss, n_seqs, pairs, desirable, hidden.device)
+    weights = token_weights_of(loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, ignore_index)
+    check_no_grad("pair_weights", pair_weights)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden")
     if ref_hidden is not None:
@@ -376,8 +406,8 @@ def linear_dpo_loss(
                 targets,
                 ref_bias,
                 cu_seqlens=cu_seqlens,
-                token_weights=token_weights,
-                average=average,
+                token_weights=weights,
+                average=loss.average,
                 ignore_index=ignore_index,
                 temperature=temperature,
                 logit_scale=logit_scale,
@@ -389,23 +419,30 @@ def linear_dpo_loss(
     budget = default_budget(hidden.device, memory_budget)
     grad = torch.is_grad_enabled()
     needs = tuple(grad and isinstance(t, Tensor) and t.requires_grad for t in head[:5])
-    reduced, losses, chosen_rewards, rejected_rewards, logps = _LinearDPOLoss.apply(
+    if ref_logps is not None:
+        ref_logps = ref_logps.detach()
+    reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = _LinearDPOLoss.apply(
         *head,
         targets,
-        None if ref_logps is None else ref_logps.detach(),
+        ref_logps,
         cu_seqlens,
-        token_weights,
-        average,
+        weights,
         pairs,
-        options,
-        loss,
-        reduction == "mean",
+        pair_weights,
+        number_tensor(baseline, hidden),
+        logit_opts,
+        loss.options,
+        loss.divisor,
+        wpo,
+        want,
         budget,
         compact,
-        # the gradient of "none" is not one number: it is made in backward
-        needs if reduction != "none" else (False,) * 5,
+        # gradients of "none" and of losses that couple the batch are made in backward
+        needs if reduction != "none" and not loss.coupled else (False,) * 5,
     )
-    return DPOOutput(losses if reduction == "none" else reduced, losses, chosen_rewards, rejected_rewards, logps, pairs)
+    out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
+    out = with_tokens(out, outputs, tokens, targets, ignore_index, weights, cu_seqlens)
+    return with_coupled_terms(out, loss, ref_logps, pair_weights, reduction)
 
 
 __all__ = ["linear_dpo_loss", "linear_plan", "linear_sequence_logps", "linear_token_logps"]

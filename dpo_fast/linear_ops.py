@@ -10,16 +10,28 @@ One implementation for all devices: the products are torch's, the rest goes thro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_fast import ops
-from dpo_fast._checks import check_shape
+from dpo_fast._checks import LogitOptions, check_shape
 from dpo_fast._head import Head, HeadGrads, Needs, head_logits, plan_rows, tile_bounds
-from dpo_fast._sequences import check_cu_seqlens, check_pair_numbers, kept_rows, token_factors, wide_type
+from dpo_fast._loss_options import PAIR_LOSSES, LossFlags, LossOptions
+from dpo_fast._sequences import (
+    check_cu_seqlens,
+    check_pair_numbers,
+    kept_rows,
+    sum_by_sequence,
+    token_factors,
+    wide_type,
+    wpo_weights,
+)
+
+PAIR_FLAGS = [flags for _, flags in PAIR_LOSSES.values()]
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
@@ -54,9 +66,10 @@ SCHEMAS = {
     "Tensor(a!)? buffer, Tensor? grad_logps, Tensor? grad_entropy, int memory_budget, bool compact, "
     f"{_NEEDS}) -> ({_GRADS})",
     "linear_dpo_forward": f"({_HEAD}, Tensor? ref_logps, Tensor? cu_seqlens, Tensor? token_weights, bool average, "
-    f"Tensor? pairs, {ops.OPTIONS}, int loss_type, float beta, float label_smoothing, bool mean, int memory_budget, "
-    f"bool compact, {_NEEDS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, "
-    f"Tensor seq_logps, Tensor logps, Tensor stats, Tensor pair_grads, {_GRADS})",
+    f"{ops.PAIRS}, {ops.OPTIONS}, {ops.LOSS}, bool wpo, bool entropy, bool mean_logits, bool is_top1, "
+    f"int memory_budget, bool compact, {_NEEDS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, "
+    "Tensor rejected_rewards, Tensor seq_logps, Tensor logps, Tensor stats, Tensor pair_grads, Tensor entropy, "
+    f"Tensor mean_logits, Tensor is_top1, {_GRADS})",
 }
 
 
@@ -239,12 +252,13 @@ def _groups(pairs: list[tuple[int, int]], counts: list[int], fit: int) -> list[t
         return s
 
     for chosen, rejected in pairs:
-        parent[root(rejected)] = root(chosen)
+        if chosen >= 0 and rejected >= 0:
+            parent[root(rejected)] = root(chosen)
     components: dict[int, tuple[list[int], list[int]]] = {}
     for s in range(len(counts)):
         components.setdefault(root(s), ([], []))[0].append(s)
-    for p, (chosen, _) in enumerate(pairs):
-        components[root(chosen)][1].append(p)
+    for p, (chosen, rejected) in enumerate(pairs):
+        components[root(chosen if chosen >= 0 else rejected)][1].append(p)
 
     groups: list[tuple[list[int], list[int]]] = []
     size = fit + 1
@@ -259,19 +273,39 @@ def _groups(pairs: list[tuple[int, int]], counts: list[int], fit: int) -> list[t
     return groups
 
 
-def _check_dpo(
-    head: Head,
-    hidden: Tensor,
-    targets: Tensor,
-    ref_logps: Tensor | None,
-    cu_seqlens: Tensor | None,
-    token_weights: Tensor | None,
-    pairs: Tensor | None,
-) -> tuple[int, int]:
-    """Returns the numbers of sequences and pairs."""
-    _check_head(head, hidden, targets)
-    n_seqs = ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
-    return n_seqs, ops.check_pairs(hidden, n_seqs, pairs, ref_logps)
+class _Arguments(NamedTuple):
+    """What stands behind the targets in linear_dpo_forward."""
+
+    ref_logps: Tensor | None
+    cu_seqlens: Tensor | None
+    token_weights: Tensor | None
+    average: bool
+    pairs: Tensor | None
+    pair_weights: Tensor | None
+    baseline: Tensor | None
+    options: LogitOptions
+    loss: LossOptions
+    divisor: float
+    wpo: bool
+    want: tuple[bool, bool, bool]
+    budget: int
+    compact: bool
+    needs: Needs
+
+    @classmethod
+    def parse(cls, args: Sequence[Any]) -> _Arguments:
+        n = 11 + ops.N_LOSS
+        loss = LossOptions(*args[11:n])
+        divisor, wpo, entropy, mean_logits, is_top1, budget, compact = args[n : n + 7]
+        want = (entropy, mean_logits, is_top1)
+        needs = Needs(*args[n + 7 :])
+        return cls(*args[:7], LogitOptions(*args[7:11]), loss, divisor, wpo, want, budget, compact, needs)  # type: ignore[call-arg]
+
+    def check(self, head: Head, hidden: Tensor, targets: Tensor) -> tuple[int, int]:
+        """Returns the numbers of sequences and pairs."""
+        _check_head(head, hidden, targets)
+        n_seqs = ops.check_sequence_arguments(hidden, targets, self.cu_seqlens, self.token_weights, "hidden")
+        return n_seqs, ops.check_pairs(hidden, n_seqs, self.pairs, self.ref_logps, self.pair_weights, self.baseline)
 
 
 def _linear_dpo_forward_fake(
@@ -282,23 +316,91 @@ def _linear_dpo_forward_fake(
     lora_b: Any,
     lora_scaling: float,
     targets: Tensor,
-    ref_logps: Tensor | None,
-    cu_seqlens: Tensor | None,
-    token_weights: Tensor | None,
-    average: bool,
-    pairs: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     head = Head(weight, bias, lora_a, lora_b, lora_scaling)
-    n_seqs, n_pairs = _check_dpo(head, hidden, targets, ref_logps, cu_seqlens, token_weights, pairs)
+    args = _Arguments.parse(rest)
+    n_seqs, n_pairs = args.check(head, hidden, targets)
     wide = wide_type(hidden.dtype)
     return (
         *[hidden.new_empty(shape, dtype=wide) for shape in ((), (n_pairs,), (n_pairs,), (n_pairs,), (n_seqs,))],
         hidden.new_empty(targets.shape, dtype=wide),
         hidden.new_empty((*targets.shape, 2), dtype=wide),
         hidden.new_empty((n_pairs, 2), dtype=torch.float64),
-        *_grads_fake(hidden, head, Needs(*rest[-5:]), _early_grad_type(hidden)),
+        *_token_outputs(hidden, targets, args.want)[2:],
+        *_grads_fake(hidden, head, args.needs, _early_grad_type(hidden)),
     )
+
+
+class _Batch:
+    """The rows that count of one call, by sequence and group."""
+
+    def __init__(self, args: _Arguments, targets: Tensor, n_seqs: int, n_pairs: int, fit_rows: int) -> None:
+        kept = kept_rows(targets, args.options.ignore_index, args.token_weights)
+        factors = token_factors(kept, args.token_weights, args.cu_seqlens, args.average, torch.float64)
+        self.factors = factors.reshape(-1)
+        index = _kept_index(kept, args.compact)
+        self.index = torch.arange(targets.numel(), device=targets.device) if index is None else index
+        T = targets.shape[-1]
+        if args.cu_seqlens is None:
+            bounds = [s * T for s in range(n_seqs + 1)]
+        else:
+            bounds = check_cu_seqlens(args.cu_seqlens, targets.numel())
+        self.places = torch.searchsorted(self.index, torch.tensor(bounds, device=targets.device)).tolist()
+        self.counts = [b - a for a, b in pairwise(self.places)]
+        if args.pairs is None:
+            self.pairs = [(p, p + n_pairs) for p in range(n_pairs)]
+        else:
+            self.pairs = [(c, d) for c, d in check_pair_numbers(args.pairs, n_seqs, absent=True)]
+        self.fit = min(fit_rows, self.index.shape[0]) or 1
+        self.groups = _groups(self.pairs, self.counts, self.fit)
+        self.sizes = [sum(self.counts[s] for s in seqs) for seqs, _ in self.groups]
+        # tokens, also those of weight 0, as the losses count them
+        self.lengths = sum_by_sequence((targets != args.options.ignore_index).double(), args.cu_seqlens)
+
+    def rows(self, seqs: Sequence[int]) -> Tensor:
+        """Numbers of the rows of these sequences."""
+        return torch.cat([self.index[self.places[s] : self.places[s + 1]] for s in seqs])
+
+    def loss(self, args: _Arguments) -> LossOptions:
+        """The loss's options with what couples its pairs, chosen tokens per pair, counted over the whole batch."""
+        if args.loss.tokens_per_pair != 0 or not any(PAIR_FLAGS[t] & LossFlags.LENGTHS for t in args.loss.types):
+            return args.loss
+        lengths = self.lengths.tolist()
+        return args.loss._replace(tokens_per_pair=sum(lengths[c] for c, _ in self.pairs) / len(self.pairs))
+
+
+def _group_losses(
+    args: _Arguments,
+    loss: LossOptions,
+    batch: _Batch,
+    group: tuple[list[int], list[int]],
+    values: Tensor,
+    seq_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Numbers of a group's pairs, in the batch and as pairs of its sequences, and what preference_forward says."""
+    seqs, pair_numbers = group
+    local = {s: i for i, s in enumerate(seqs)} | {-1: -1}
+    device = values.device
+    local_pairs = torch.tensor([[local[s] for s in batch.pairs[p]] for p in pair_numbers], device=device)
+    numbers = torch.tensor(pair_numbers, device=device)
+    members = torch.tensor(seqs, device=device)
+    weights = None if args.pair_weights is None else args.pair_weights[numbers]
+    if seq_weights is not None:
+        wpo = seq_weights[local_pairs[:, 0]] * seq_weights[local_pairs[:, 1]]
+        weights = wpo if weights is None else wpo * weights
+    ref = None if args.ref_logps is None else args.ref_logps[members]
+    found = torch.ops.dpo_fast.preference_forward(
+        values, ref, batch.lengths[members], local_pairs, weights, args.baseline, *loss, 1.0
+    )
+    return numbers, local_pairs, found
+
+
+def _underflow_scale(row_grads: Tensor) -> float:
+    """A power of 2 that keeps float16 gradients from vanishing: mixed precision's loss scale comes only later."""
+    if row_grads.dtype is not torch.float32 or not row_grads.numel():
+        return 1.0
+    return 2.0 ** max(0, -math.frexp(row_grads.abs().max().item())[1])
 
 
 def _linear_dpo_forward(
@@ -309,87 +411,59 @@ def _linear_dpo_forward(
     lora_b: Tensor | None,
     lora_scaling: float,
     targets: Tensor,
-    ref_logps: Tensor | None,
-    cu_seqlens: Tensor | None,
-    token_weights: Tensor | None,
-    average: bool,
-    pairs: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    loss_type: int,
-    beta: float,
-    label_smoothing: float,
-    mean: bool,
-    budget: int,
-    compact: bool,
-    *needs: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     head = Head(weight, bias, lora_a, lora_b, lora_scaling)
-    n_seqs, n_pairs = _check_dpo(head, hidden, targets, ref_logps, cu_seqlens, token_weights, pairs)
-    options, loss = (ignore_index, temperature, logit_scale, softcap), (loss_type, beta, label_smoothing)
-    wide, V = wide_type(hidden.dtype), weight.shape[0]
-    outputs = _token_outputs(hidden, targets, ())
-    logps, stats = outputs[0].view(-1), outputs[1].view(-1, 2)
+    args = _Arguments.parse(rest)
+    n_seqs, n_pairs = args.check(head, hidden, targets)
+    wide, V, options = wide_type(hidden.dtype), weight.shape[0], args.options
+    outputs = _token_outputs(hidden, targets, (*args.want, args.wpo))
+    flat = [out.view(-1, 2) if i == 1 else out.view(-1) for i, out in enumerate(outputs)]
+    logps, stats = flat[:2]
     losses, chosen_rewards, rejected_rewards = (hidden.new_empty(n_pairs, dtype=wide) for _ in range(3))
     seq_logps = hidden.new_empty(n_seqs, dtype=wide)
     pair_grads = hidden.new_empty((n_pairs, 2), dtype=torch.float64)
 
     x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    kept = kept_rows(targets, ignore_index, token_weights)
-    factors = token_factors(kept, token_weights, cu_seqlens, average, torch.float64).reshape(-1)
-    index = _kept_index(kept, compact)
-    if index is None:
-        index = torch.arange(y.shape[0], device=y.device)
-    T = targets.shape[-1] if cu_seqlens is None else 0
-    bounds = [s * T for s in range(n_seqs + 1)] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, y.shape[0])
-    places = torch.searchsorted(index, torch.tensor(bounds, device=index.device)).tolist()
-    counts = [b - a for a, b in pairwise(places)]
-    if pairs is None:
-        pair_list = [(p, p + n_pairs) for p in range(n_pairs)]
-    else:
-        pair_list = [(c, d) for c, d in check_pair_numbers(pairs, n_seqs)]
-
-    wanted = any(needs)
-    whole = plan_rows(index.shape[0], V, hidden.dtype.itemsize, budget, False)
-    fit = whole.buffer_rows if index.shape[0] else 1
-    groups = _groups(pair_list, counts, fit)
-    sizes = [sum(counts[s] for s in seqs) for seqs, _ in groups]
-    buffer = hidden.new_empty((min(fit, max(sizes)), V))
-    n_tiles = sum(math.ceil(size / fit) for size in sizes)
-    grads = HeadGrads(head, x, Needs(*needs), n_tiles, _early_grad_type(hidden))
+    fit_rows = plan_rows(y.shape[0], V, hidden.dtype.itemsize, args.budget, False).buffer_rows
+    batch = _Batch(args, targets, n_seqs, n_pairs, fit_rows)
+    fit, loss = batch.fit, batch.loss(args)
+    divisor = args.divisor or n_pairs
+    buffer = hidden.new_empty((min(fit, max(batch.sizes)), V))
+    n_tiles = sum(math.ceil(size / fit) for size in batch.sizes)
+    grads = HeadGrads(head, x, args.needs, n_tiles, _early_grad_type(hidden))
     one = torch.ones((), dtype=wide, device=hidden.device)
-    for (seqs, pair_numbers), size in zip(groups, sizes, strict=True):
-        rows = torch.cat([index[places[s] : places[s + 1]] for s in seqs])
+    for group, size in zip(batch.groups, batch.sizes, strict=True):
+        seqs = group[0]
+        rows = batch.rows(seqs)
         tiles = [(a, min(a + fit, size)) for a in range(0, size, fit)]
         for a, b in tiles:
             z = buffer[: b - a]
             head_logits(head, x[rows[a:b]], z)
-            tile = torch.ops.dpo_fast.token_forward(z, y[rows[a:b]], None, *options, False, False, False, False)
-            logps[rows[a:b]], stats[rows[a:b]] = tile[0], tile[1]
-        lengths = torch.tensor([counts[s] for s in seqs], device=hidden.device)
-        weighted = logps[rows].double() * factors[rows]
+            tile = torch.ops.dpo_fast.token_forward(z, y[rows[a:b]], None, *options, *args.want, args.wpo)
+            for i, found in enumerate(tile):
+                if i < 2 or (*args.want, args.wpo)[i - 2]:
+                    flat[i][rows[a:b]] = found
+        counts = torch.tensor([batch.counts[s] for s in seqs], device=hidden.device)
+        weighted = logps[rows].double() * batch.factors[rows]
         # a row that is not dropped but ignored has log-prob 0
-        values = torch.segment_reduce(weighted, "sum", lengths=lengths, initial=0).to(wide)
-        members = torch.tensor(seqs, device=hidden.device)
-        seq_logps[members] = values
-        if not pair_numbers:
+        values = torch.segment_reduce(weighted, "sum", lengths=counts, initial=0).to(wide)
+        seq_logps[torch.tensor(seqs, device=hidden.device)] = values
+        if not group[1]:
             continue
-        local = {s: i for i, s in enumerate(seqs)}
-        local_pairs = torch.tensor([[local[s] for s in pair_list[p]] for p in pair_numbers], device=hidden.device)
-        numbers = torch.tensor(pair_numbers, device=hidden.device)
-        ref = None if ref_logps is None else ref_logps[members]
-        found = torch.ops.dpo_fast.preference_forward(values, ref, local_pairs, *loss, False)
+        seq_weights = None
+        if args.wpo:
+            cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+            counted = y[rows] != options.ignore_index
+            seq_weights = wpo_weights(logps[rows], flat[5][rows], counted, cu_seqlens)
+        numbers, local_pairs, found = _group_losses(args, loss, batch, group, values, seq_weights)
         for out, value in zip((losses, chosen_rewards, rejected_rewards, pair_grads), found[1:], strict=True):
             out[numbers] = value
-        if not wanted:
+        if not any(args.needs):
             continue
-        g = torch.ops.dpo_fast.preference_backward(values, local_pairs, False, found[4], one, None)
-        row_grads = (torch.repeat_interleave(g.double() / (n_pairs if mean else 1), lengths) * factors[rows]).to(wide)
-        scale = 1.0
-        if hidden.dtype is torch.float16 and size:  # the loss scale of mixed precision comes only later: no underflow
-            scale = 2.0 ** max(0, -math.frexp(row_grads.abs().max().item())[1])
+        g = torch.ops.dpo_fast.preference_backward(values, local_pairs, 1.0, found[4], one, None)
+        row_grads = (torch.repeat_interleave(g.double() / divisor, counts) * batch.factors[rows]).to(wide)
+        scale = _underflow_scale(row_grads) if hidden.dtype is torch.float16 else 1.0
         for a, b in tiles:
             z, h = buffer[: b - a], x[rows[a:b]]
             if len(tiles) > 1:  # a pair too large for the budget: its logits are made again
@@ -398,17 +472,17 @@ def _linear_dpo_forward(
                 z, y[rows[a:b]], None, *options, logps[rows[a:b]], stats[rows[a:b]], None, row_grads[a:b] * scale, None
             )
             grads.add(z, h, rows[a:b], 1 / scale)
-    total = losses.double().sum()
     grad_hidden, *others = grads.result()
     return (
-        (total / n_pairs if mean else total).to(wide),
+        (losses.double().sum() / divisor).to(wide),
         losses,
         chosen_rewards,
         rejected_rewards,
         seq_logps,
-        *outputs,
+        *outputs[:2],
         pair_grads,
-        grad_hidden.view(hidden.shape) if needs[0] else grad_hidden,
+        *outputs[2:5],
+        grad_hidden.view(hidden.shape) if args.needs.hidden else grad_hidden,
         *others,
     )
 

@@ -3,21 +3,26 @@
     r[p] = (logp[c_p] - ref[c_p]) - (logp[d_p] - ref[d_p])        c chosen, d rejected
     loss[p] = softplus(-beta r[p]) = -log sigmoid(beta r[p])      (DPO, Rafailov et al. 2023, arXiv:2305.18290, eq. 7)
 
-The losses themselves stand in csrc/preference_loss.h.
+That loss and the others that are sums over pairs stand in csrc/preference_loss.h, those that couple the batch in
+_coupled.py, the checks of their options in _loss_options.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from dpo_fast import ops
 from dpo_fast._autograd import differentiable_once, inplace_allowed
-from dpo_fast._checks import LogitOptions, LossOptions, check_reduction, logit_options, loss_options
+from dpo_fast._checks import TOKEN_OUTPUTS, LogitOptions, check_shape, check_token_outputs, logit_options, pair_count
+from dpo_fast._coupled import coupled_losses
+from dpo_fast._loss_options import Loss, LossKeywords, LossOptions, LossType, choose_loss
+from dpo_fast._sequences import kept_rows, ld_dpo_weights, sum_by_sequence
 from dpo_fast.logps import check_no_grad
-from dpo_fast.outputs import DPOOutput
+from dpo_fast.outputs import DPOOutput, TokenOutput
 
 
 class _DPOLoss(torch.autograd.Function):
@@ -29,42 +34,43 @@ class _DPOLoss(torch.autograd.Function):
         ref_logps: Tensor | None,
         cu_seqlens: Tensor | None,
         token_weights: Tensor | None,
-        average: bool,
         pairs: Tensor | None,
+        pair_weights: Tensor | None,
+        baseline: Tensor | None,
         options: LogitOptions,
         loss_options: LossOptions,
-        mean: bool,
+        divisor: float,
+        wpo: bool,
+        want: tuple[bool, bool, bool],
         inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
+        average = loss_options.average
         out = torch.ops.dpo_fast.dpo_forward(
-            logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, *options, *loss_options, mean
-        )
-        loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads = out
+            logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *options,
+            *loss_options, divisor, wpo, *want,
+        )  # fmt: skip
+        loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras = out
         ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads)
-        ctx.average, ctx.options, ctx.mean, ctx.inplace_backward = average, options, mean, inplace_backward
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+        ctx.average, ctx.options, ctx.divisor, ctx.inplace_backward = average, options, divisor, inplace_backward
+        tokens = logps.clone() if want[0] else logps.new_empty(0)
+        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
         ctx.set_materialize_grads(False)
-        return loss, losses, chosen_rewards, rejected_rewards, seq_logps
+        return loss, losses, seq_logps, chosen_rewards, rejected_rewards, tokens, *extras
 
     @staticmethod
     @differentiable_once
     def backward(
-        ctx: Any,
-        grad_loss: Tensor | None,
-        grad_losses: Tensor | None,
-        grad_chosen: Any,
-        grad_rejected: Any,
-        grad_seq_logps: Tensor | None,
+        ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_seq_logps: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
         logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads = ctx.saved_tensors
         if grad_loss is None and grad_losses is None and grad_seq_logps is None:
-            return (None,) * 11
-        args = (logits, targets, cu_seqlens, token_weights, ctx.average, pairs, *ctx.options, ctx.mean)
+            return (None,) * 14
+        args = (logits, targets, cu_seqlens, token_weights, ctx.average, pairs, *ctx.options, ctx.divisor)
         args = (*args, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps)
         if ctx.inplace_backward:
             torch.ops.dpo_fast.dpo_backward_(*args)
-            return (logits.detach(), *(None,) * 10)
-        return (torch.ops.dpo_fast.dpo_backward(*args), *(None,) * 10)
+            return (logits.detach(), *(None,) * 13)
+        return (torch.ops.dpo_fast.dpo_backward(*args), *(None,) * 13)
 
 
 class _PreferenceLoss(torch.autograd.Function):
@@ -73,14 +79,19 @@ class _PreferenceLoss(torch.autograd.Function):
         ctx: Any,
         logps: Tensor,
         ref_logps: Tensor | None,
+        lengths: Tensor | None,
         pairs: Tensor | None,
+        pair_weights: Tensor | None,
+        baseline: Tensor | None,
         loss_options: LossOptions,
-        mean: bool,
+        divisor: float,
     ) -> tuple[Tensor, ...]:
-        out = torch.ops.dpo_fast.preference_forward(logps, ref_logps, pairs, *loss_options, mean)
+        out = torch.ops.dpo_fast.preference_forward(
+            logps, ref_logps, lengths, pairs, pair_weights, baseline, *loss_options, divisor
+        )
         loss, losses, chosen_rewards, rejected_rewards, pair_grads = out
         ctx.save_for_backward(logps, pairs, pair_grads)
-        ctx.mean = mean
+        ctx.divisor = divisor
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
         ctx.set_materialize_grads(False)
         return loss, losses, chosen_rewards, rejected_rewards
@@ -90,9 +101,114 @@ class _PreferenceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Any, ...]:
         logps, pairs, pair_grads = ctx.saved_tensors
         if grad_loss is None and grad_losses is None:
-            return (None,) * 5
-        grad = torch.ops.dpo_fast.preference_backward(logps, pairs, ctx.mean, pair_grads, grad_loss, grad_losses)
-        return (grad, *(None,) * 4)
+            return (None,) * 8
+        grad = torch.ops.dpo_fast.preference_backward(logps, pairs, ctx.divisor, pair_grads, grad_loss, grad_losses)
+        return (grad, *(None,) * 7)
+
+
+# --- what all levels share --------------------------------------------------------------------------------------------
+
+
+def number_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """A baseline as the operators take it: 0-d, float64, without gradient."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.detach().reshape(()) if value.numel() == 1 else value
+    return torch.tensor(value, dtype=torch.float64, device=like.device)
+
+
+def loss_pairs(
+    loss: Loss, n_seqs: int, pairs: Tensor | None, desirable: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """The pairs of a loss; for completions that stand alone, one "pair" each whose other side is -1.
+
+    Raises:
+        ValueError: `pairs` for a loss of single completions, `desirable` for one of pairs, or of another shape.
+    """
+    if not loss.unpaired:
+        if desirable is not None:
+            raise ValueError("desirable is for losses of single completions ('kto', 'bco'); name pairs by `pairs`")
+        return pairs
+    if pairs is not None:
+        raise ValueError("losses of single completions ('kto', 'bco') take `desirable` [S], not pairs")
+    numbers = torch.arange(n_seqs, device=device)
+    if desirable is None:
+        good = numbers < pair_count(n_seqs, None)
+    else:
+        check_shape("desirable", desirable.shape, (n_seqs,), "with one truth value per sequence")
+        ops.check_device("desirable", desirable, numbers, "the log-probs")
+        good = desirable != 0
+    absent = torch.full_like(numbers, -1)
+    return torch.stack([torch.where(good, numbers, absent), torch.where(good, absent, numbers)], -1)
+
+
+def token_weights_of(
+    loss: Loss,
+    token_weights: Tensor | None,
+    ld_alpha: float | None,
+    targets: Tensor,
+    pairs: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> Tensor | None:
+    """The weights given, times those of LD-DPO."""
+    check_no_grad("token_weights", token_weights)
+    if ld_alpha is None:
+        return token_weights
+    if loss.unpaired:
+        raise ValueError("ld_alpha compares the completions of pairs: losses of single completions have none")
+    weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    return weights if token_weights is None else weights * token_weights
+
+
+def with_coupled_terms(
+    out: DPOOutput, loss: Loss, ref_logps: Tensor | None, pair_weights: Tensor | None, reduction: str
+) -> DPOOutput:
+    """Adds the terms that couple the batch, and reduces anew."""
+    if loss.coupled:
+        n_pairs = out.losses.shape[0]
+        options = loss.options
+        extra = coupled_losses(
+            loss.coupled, out.logps, ref_logps, n_pairs, out.pairs, options.beta, options.label_smoothing
+        )
+        if pair_weights is not None:
+            extra = extra * pair_weights.detach()
+        losses = (out.losses.double() + extra).to(out.losses.dtype)
+        out = out._replace(losses=losses, loss=losses.double().sum().to(losses.dtype) / (loss.divisor or n_pairs))
+    return out._replace(loss=out.losses) if reduction == "none" else out
+
+
+def with_tokens(
+    out: DPOOutput,
+    outputs: Sequence[str],
+    tokens: Sequence[Tensor],
+    targets: Tensor,
+    ignore_index: int,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> DPOOutput:
+    """Adds the statistics of tokens that were asked for, and their sums over sequences for `metrics()`."""
+    if not outputs:
+        return out
+    logps, *extras = tokens
+    found = TokenOutput(
+        logps if "logps" in outputs else None,
+        *[extra if name in outputs else None for name, extra in zip(TOKEN_OUTPUTS[1:4], extras, strict=True)],
+    )
+    sums = {"lengths": kept_rows(targets, ignore_index, token_weights)}
+    sums |= {name: extra for name, extra in found._asdict().items() if extra is not None and name != "logps"}
+    by_sequence = {name: sum_by_sequence(values.to(logps.dtype), cu_seqlens) for name, values in sums.items()}
+    return out._replace(tokens=found, token_sums=by_sequence)
+
+
+def check_loss_outputs(outputs: Sequence[str]) -> tuple[bool, bool, bool]:
+    """Which statistics of tokens a loss is asked for beside log-probs."""
+    check_token_outputs(outputs)
+    if "log_sum_sq_probs" in outputs:
+        raise ValueError("a loss gives no 'log_sum_sq_probs': see token_logps")
+    return tuple(name in outputs for name in TOKEN_OUTPUTS[1:4])  # type: ignore[return-value]
+
+
+# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def dpo_loss(
@@ -102,18 +218,25 @@ def dpo_loss(
     *,
     ref_logits: Tensor | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     pairs: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    desirable: Tensor | None = None,
+    baseline: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
-    average: bool = False,
+    ld_alpha: float | None = None,
+    wpo: bool = False,
+    average: bool | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    outputs: Sequence[str] = (),
     inplace_backward: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> DPOOutput:
     """A preference loss from logits, in one fused call forward and one backward.
 
@@ -124,51 +247,87 @@ def dpo_loss(
         ref_logps: [S], the reference model's sequence log-probs. Without it and ref_logits the loss is reference-free.
         ref_logits: like logits, the reference model's logits, instead of ref_logps. Neither ever gets a gradient.
         beta: strength of the pull towards the reference.
-        loss_type: "sigmoid" (DPO, eq. 7).
-        label_smoothing: in [0, 0.5]; probability that a pair's labels are swapped (conservative DPO).
+        loss_type: a name from the table in docs/losses.md ("sigmoid" is DPO, eq. 7), a function
+            f(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps) -> [P] of float64 [P] tensors, or
+            several of these, whose weighted sum is the loss.
+        label_smoothing: in [0, 0.5]; probability that a pair's labels are swapped, for the losses that know it.
         pairs: [P, 2] integers, numbers of the chosen and rejected sequences; by default the first half of the
-            sequences is chosen and the second half rejected.
-        cu_seqlens, token_weights, average: as for `sequence_logps`.
+            sequences is chosen and the second half rejected. A sequence may be in several pairs, or in none.
+        pair_weights: [P], multiplies the losses. No gradient.
+        desirable: [S] truth values, for "kto" and "bco", whose losses are one per sequence (P = S); by default the
+            first half is desirable.
+        baseline: a number or 0-d tensor without gradient; "kto": the estimate of the KL divergence; "bco": the running
+            mean of the rewards.
+        cu_seqlens, token_weights: as for `sequence_logps`.
+        ld_alpha: weight, in [0, 1], of the tokens past the shorter completion of a pair (LD-DPO, see
+            `ld_dpo_weights`); times token_weights.
+        wpo: weigh each pair by how likely the policy is to write it (WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2);
+            no gradient goes through the weight.
+        average: log-probs of sequences are averages over tokens; by default what the loss is defined on.
         reduction: "mean" or "sum" over the pairs, or "none".
         ignore_index, temperature, logit_scale, softcap, inplace_backward: as for `token_logps`.
+        outputs: statistics of tokens for DPOOutput.tokens and its metrics, among "logps", "entropy", "mean_logits",
+            "is_top1"; no gradient.
+        options: see `LossKeywords`: loss_weights, f_divergence, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
+            desirable_weight, undesirable_weight, num_pairs, num_chosen_tokens.
 
     Returns:
         DPOOutput: loss [] (or [P] for "none"), losses [P], chosen_rewards and rejected_rewards [P], logps [S];
         float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: shapes, devices or options that do not fit; no pairs.
+        ValueError: shapes, devices or options that do not fit, or that the loss does not read; no pairs.
         TypeError: tensors of another type.
         IndexError: a target outside [0, V) that is not ignore_index, or a pair outside the sequences.
     """
-    check_reduction(reduction)
-    check_no_grad("token_weights", token_weights)
-    options = logit_options(ignore_index, temperature, logit_scale, softcap)
-    loss = loss_options(loss_type, beta, label_smoothing)
+    logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
+    loss = choose_loss(
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        average=average,
+        reduction=reduction,
+        with_reference=ref_logps is not None or ref_logits is not None,
+        with_baseline=baseline is not None,
+        with_token_weights=token_weights is not None or ld_alpha is not None,
+        wpo=wpo,
+        **options,
+    )
+    want = check_loss_outputs(outputs)
+    if loss.unpaired or desirable is not None:
+        n_seqs = ops.check_sequences(logits, targets, cu_seqlens, token_weights)
+        pairs = loss_pairs(loss, n_seqs, pairs, desirable, logits.device)
+    weights = token_weights_of(loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, ignore_index)
+    check_no_grad("pair_weights", pair_weights)
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
         ops.check_rows(ref_logits, targets, name="ref_logits")
         # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
         ref_logps = torch.ops.dpo_fast.sequence_forward(
-            ref_logits.detach(), targets, cu_seqlens, token_weights, average, *options, True
+            ref_logits.detach(), targets, cu_seqlens, weights, loss.average, *logit_opts, True
         )[0]
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
-    reduced, losses, chosen_rewards, rejected_rewards, logps = _DPOLoss.apply(
+    reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = _DPOLoss.apply(
         logits,
         targets,
         ref_logps,
         cu_seqlens,
-        token_weights,
-        average,
+        weights,
         pairs,
-        options,
-        loss,
-        reduction == "mean",
+        pair_weights,
+        number_tensor(baseline, logits),
+        logit_opts,
+        loss.options,
+        loss.divisor,
+        wpo,
+        want,
         inplace_allowed(inplace_backward),
     )
-    return DPOOutput(losses if reduction == "none" else reduced, losses, chosen_rewards, rejected_rewards, logps, pairs)
+    out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
+    out = with_tokens(out, outputs, tokens, targets, ignore_index, weights, cu_seqlens)
+    return with_coupled_terms(out, loss, ref_logps, pair_weights, reduction)
 
 
 def preference_loss(
@@ -176,32 +335,58 @@ def preference_loss(
     ref_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     pairs: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    desirable: Tensor | None = None,
+    baseline: float | Tensor | None = None,
+    lengths: Tensor | None = None,
+    average: bool | None = None,
     reduction: str = "mean",
+    **options: Unpack[LossKeywords],
 ) -> DPOOutput:
     """A preference loss from sequence log-probabilities.
 
     Args:
         logps: [S], log-probs of the policy; float32, float64, or a half type, which is converted to float32.
         ref_logps: [S], log-probs of the reference; never gets a gradient. None: reference-free.
-        beta, loss_type, label_smoothing, pairs, reduction: as for `dpo_loss`.
+        lengths: [S], number of tokens of each sequence; for "ipo", "sigmoid_norm" and "sft".
+        average: whether the given log-probs are averages over tokens; by default what the loss is defined on.
+        all others: as for `dpo_loss`.
 
     Returns:
         DPOOutput, as `dpo_loss`; logps are the given ones (half types as float32).
 
     Raises:
-        ValueError, TypeError, IndexError: as `dpo_loss`.
+        ValueError, TypeError, IndexError: as `dpo_loss`; also for a loss that needs lengths without them.
     """
-    check_reduction(reduction)
-    loss = loss_options(loss_type, beta, label_smoothing)
+    loss = choose_loss(
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        average=average,
+        reduction=reduction,
+        with_reference=ref_logps is not None,
+        with_baseline=baseline is not None,
+        **options,
+    )
+    loss.check_lengths(lengths is not None)
+    check_no_grad("pair_weights", pair_weights)
     values = logps.float() if logps.dtype in (torch.bfloat16, torch.float16) else logps
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
+    if loss.unpaired or desirable is not None:
+        pairs = loss_pairs(loss, logps.shape[0], pairs, desirable, logps.device)
     reduced, losses, chosen_rewards, rejected_rewards = _PreferenceLoss.apply(
-        values, ref_logps, pairs, loss, reduction == "mean"
+        values,
+        ref_logps,
+        lengths,
+        pairs,
+        pair_weights,
+        number_tensor(baseline, values),
+        loss.options,
+        loss.divisor,
     )
-    return DPOOutput(
-        losses if reduction == "none" else reduced, losses, chosen_rewards, rejected_rewards, values, pairs
-    )
+    out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, values, pairs, loss.unpaired)
+    return with_coupled_terms(out, loss, ref_logps, pair_weights, reduction)

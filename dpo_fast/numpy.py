@@ -9,7 +9,7 @@ that come in (`grad_logps`, `grad_entropy`), or with `with_grad=True` where ther
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,12 +20,12 @@ from dpo_fast._checks import (
     TOKEN_OUTPUTS,
     LogitOptions,
     check_logits_shape,
-    check_reduction,
     check_shape,
     check_token_outputs,
     logit_options,
-    loss_options,
 )
+from dpo_fast._coupled_numpy import coupled_losses
+from dpo_fast._loss_options import Loss, LossKeywords, LossType, choose_loss
 from dpo_fast._native import get_num_threads, set_num_threads
 from dpo_fast.outputs import DPOOutput, TokenOutput
 
@@ -34,6 +34,7 @@ __all__ = [
     "TokenOutput",
     "dpo_loss",
     "get_num_threads",
+    "ld_dpo_weights",
     "preference_loss",
     "selective_log_softmax",
     "sequence_logps",
@@ -136,7 +137,7 @@ class _Rows:
         saved: tuple[Array, Array],
         *,
         seqs: tuple[int, int, bool] | None = None,
-        loss: tuple[int | float, ...] | None = None,
+        pairs: tuple[int | float, ...] | None = None,
         entropy: Array | None = None,
         pair_grads: Array | None = None,
         grad_logps: Array | None = None,
@@ -160,7 +161,7 @@ class _Rows:
         _cpu.backward(
             self.spec,
             seqs,
-            loss,
+            pairs,
             get_num_threads(),
             _address(logps),
             _address(stats),
@@ -316,41 +317,128 @@ def sequence_logps(
     return out, gradient
 
 
-class _Loss:
-    """Room for what a loss returns, and the kernels' `loss` tuple."""
+class _PairLosses:
+    """A checked loss over n_seqs log-probs: room for what it returns, and what the kernels are told."""
 
     def __init__(
         self,
+        loss: Loss,
         n_seqs: int,
         ref_logps: ArrayLike | None,
         pairs: ArrayLike | None,
+        pair_weights: ArrayLike | None,
+        desirable: ArrayLike | None,
+        baseline: float | None,
         wide: Any,
-        loss_type: str,
-        beta: float,
-        label_smoothing: float,
         reduction: str,
     ) -> None:
-        check_reduction(reduction)
-        options = loss_options(loss_type, beta, label_smoothing)
-        self.reduction = reduction
-        self.pairs = None if pairs is None else _integers("pairs", pairs)
+        self.chosen_loss, self.reduction = loss, reduction
+        self.pairs = self._pairs(loss, n_seqs, pairs, desirable)
         self.ref_logps = _floats_or_none(
             "ref_logps", ref_logps, np.float64, (n_seqs,), "with one log-prob per sequence"
         )
         n_pairs = _checks.pair_count(n_seqs, None if self.pairs is None else self.pairs.shape)
-        self.spec = (_address(self.pairs), n_pairs, *options, reduction == "mean")
+        self.weights = _floats_or_none("pair_weights", pair_weights, np.float64, (n_pairs,), "with one number per pair")
+        self.baseline = _floats_or_none("baseline", baseline, np.float64, (), "as one number")
+        self.divisor = loss.divisor or n_pairs
+        self.pairs_spec = (
+            _address(self.pairs),
+            n_pairs,
+            _address(self.weights),
+            _address(self.baseline),
+            self.divisor,
+        )
         self.loss = np.empty((), wide)
         self.losses, self.chosen_rewards, self.rejected_rewards = (np.empty(n_pairs, wide) for _ in range(3))
         self.pair_grads = np.empty((n_pairs, 2), np.float64)
         self.grad_loss = np.ones((), wide)
 
+    @staticmethod
+    def _pairs(loss: Loss, n_seqs: int, pairs: ArrayLike | None, desirable: ArrayLike | None) -> Array | None:
+        if not loss.unpaired:
+            if desirable is not None:
+                raise ValueError("desirable is for losses of single completions ('kto', 'bco'); name pairs by `pairs`")
+            return None if pairs is None else _integers("pairs", pairs)
+        if pairs is not None:
+            raise ValueError("losses of single completions ('kto', 'bco') take `desirable` [S], not pairs")
+        numbers = np.arange(n_seqs)
+        if desirable is None:
+            good = numbers < _checks.pair_count(n_seqs, None)
+        else:
+            good = np.asarray(desirable) != 0
+            check_shape("desirable", good.shape, (n_seqs,), "with one truth value per sequence")
+        return np.stack([np.where(good, numbers, -1), np.where(good, -1, numbers)], -1)
+
     def addresses(self) -> list[int]:
         arrays = (self.loss, self.losses, self.chosen_rewards, self.rejected_rewards, self.pair_grads)
         return [_address(array) for array in arrays]
 
+    def add_coupled(self, logps: Array) -> Array | None:
+        """Adds the terms that couple the batch; returns their part of the loss's gradient by logps, None if unknown."""
+        terms, options = self.chosen_loss.coupled, self.chosen_loss.options
+        if not terms:
+            return np.zeros(0)
+        n_pairs = len(self.losses)
+        pairs = np.arange(2 * n_pairs).reshape(2, -1).T if self.pairs is None else self.pairs
+        weights = np.ones(n_pairs) if self.weights is None else self.weights
+        extra, grad = coupled_losses(
+            terms, logps, self.ref_logps, pairs, options.beta, options.label_smoothing, weights / self.divisor
+        )
+        losses = self.losses + extra * weights
+        self.losses = losses.astype(self.losses.dtype)
+        self.loss = np.asarray(losses.sum() / self.divisor, self.losses.dtype)
+        return grad
+
+    def grad_seq_logps(self, coupled: Array | None) -> Array | None:
+        """The gradient of the terms that couple the batch, as the kernels take it."""
+        if coupled is None:
+            raise ValueError(
+                "with_grad needs a loss function that returns (losses, derivatives by the chosen log-probs, "
+                "derivatives by the rejected)"
+            )
+        return coupled.astype(self.losses.dtype) if len(coupled) else None
+
     def output(self, logps: Array) -> DPOOutput:
         loss = self.losses if self.reduction == "none" else self.loss[()]
-        return DPOOutput(loss, self.losses, self.chosen_rewards, self.rejected_rewards, logps, self.pairs)
+        rewards = (self.chosen_rewards, self.rejected_rewards)
+        return DPOOutput(loss, self.losses, *rewards, logps, self.pairs, self.chosen_loss.unpaired)
+
+
+def ld_dpo_weights(
+    targets: ArrayLike,
+    ld_alpha: float,
+    *,
+    pairs: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    ignore_index: int = -100,
+) -> Array:
+    """As `dpo_fast.ld_dpo_weights`, for arrays."""
+    if not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must be in [0, 1], found {ld_alpha}")
+    kept = _integers("targets", targets) != ignore_index
+    rows = kept.reshape(-1)
+    if cu_seqlens is None:
+        bounds = np.arange(kept.shape[0] + 1) * kept.shape[-1]
+    else:
+        bounds = _integers("cu_seqlens", cu_seqlens)
+    before = np.concatenate([[0], rows.cumsum()])
+    lengths = before[bounds[1:]] - before[bounds[:-1]]
+    if pairs is None:
+        numbers = np.arange(2 * _checks.pair_count(len(lengths), None)).reshape(2, -1).T
+    else:
+        numbers = _integers("pairs", pairs)
+    shared = np.full(len(lengths), -1)
+    for pair in numbers:
+        shorter = lengths[pair].min()
+        if ((shared[pair] != -1) & (shared[pair] != shorter)).any():
+            raise ValueError(
+                "ld_alpha: a sequence is in several pairs whose shorter completions have different lengths, so that "
+                "its log-prob is not one number; write such pairs out as sequences of their own"
+            )
+        shared[pair] = shorter
+    shared = np.where(shared == -1, lengths, shared)
+    limits = np.repeat(before[bounds[:-1]] + shared, np.diff(bounds))
+    return np.where(before[1:] > limits, ld_alpha, 1.0).reshape(kept.shape)
 
 
 def dpo_loss(
@@ -360,12 +448,17 @@ def dpo_loss(
     *,
     ref_logits: Array | None = None,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     pairs: ArrayLike | None = None,
+    pair_weights: ArrayLike | None = None,
+    desirable: ArrayLike | None = None,
+    baseline: float | None = None,
     cu_seqlens: ArrayLike | None = None,
     token_weights: ArrayLike | None = None,
-    average: bool = False,
+    ld_alpha: float | None = None,
+    wpo: bool = False,
+    average: bool | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     temperature: float = 1.0,
@@ -373,42 +466,75 @@ def dpo_loss(
     softcap: float | None = None,
     with_grad: bool = False,
     inplace_backward: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> Any:
-    """As `dpo_fast.dpo_loss`, for arrays.
+    """As `dpo_fast.dpo_loss`, for arrays; without `outputs` (see `token_logps`).
 
     With with_grad the result is (DPOOutput, gradient of the loss with respect to logits), for reduction "none" that of
-    the losses' sum; inplace_backward writes it over the logits.
+    the losses' sum; inplace_backward writes it over the logits. A function as loss_type then has to return (losses,
+    derivatives by the chosen log-probs, derivatives by the rejected), [P] each.
     """
-    options = logit_options(ignore_index, temperature, logit_scale, softcap)
+    logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
+    loss = choose_loss(
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        average=average,
+        reduction=reduction,
+        with_reference=ref_logps is not None or ref_logits is not None,
+        with_baseline=baseline is not None,
+        with_token_weights=token_weights is not None or ld_alpha is not None,
+        wpo=wpo,
+        **options,
+    )
+    if ld_alpha is not None:
+        if loss.unpaired:
+            raise ValueError("ld_alpha compares the completions of pairs: losses of single completions have none")
+        weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+        token_weights = weights if token_weights is None else weights * np.asarray(token_weights)
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
-        ref_rows = _Rows(ref_logits, targets, options, token_weights=token_weights, name="ref_logits")
+        ref_rows = _Rows(ref_logits, targets, logit_opts, token_weights=token_weights, name="ref_logits")
         # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
-        ref_logps = _sequence_forward(ref_rows, *_sequences(ref_rows, cu_seqlens, average), double_sums=True)[0]
-    rows = _Rows(logits, targets, options, token_weights=token_weights)
-    seqs, alive = _sequences(rows, cu_seqlens, average)
-    loss = _Loss(seqs[1], ref_logps, pairs, rows.wide, loss_type, beta, label_smoothing, reduction)
+        ref_logps = _sequence_forward(ref_rows, *_sequences(ref_rows, cu_seqlens, loss.average), double_sums=True)[0]
+    rows = _Rows(logits, targets, logit_opts, token_weights=token_weights)
+    seqs, alive = _sequences(rows, cu_seqlens, loss.average)
+    out = _PairLosses(loss, seqs[1], ref_logps, pairs, pair_weights, desirable, baseline, rows.wide, reduction)
     saved = rows.saved()
     logps = rows.new((seqs[1],))
+    log_sum_sq_probs = rows.new(rows.targets.shape) if wpo else None
     _cpu.dpo_forward(
         rows.spec,
         seqs,
-        loss.spec,
+        out.pairs_spec,
+        tuple(loss.options),
         get_num_threads(),
-        _address(loss.ref_logps),
+        wpo,
+        _address(out.ref_logps),
         _address(saved[0]),
         _address(saved[1]),
+        0,
+        0,
+        0,
+        _address(log_sum_sq_probs),
         _address(logps),
-        *loss.addresses(),
+        *out.addresses(),
     )
+    coupled = out.add_coupled(logps)
     if not with_grad:
-        return loss.output(logps)
+        return out.output(logps)
     grad = rows.backward(
-        inplace_backward, saved, seqs=seqs, loss=loss.spec, pair_grads=loss.pair_grads, grad_loss=loss.grad_loss
+        inplace_backward,
+        saved,
+        seqs=seqs,
+        pairs=out.pairs_spec,
+        pair_grads=out.pair_grads,
+        grad_loss=out.grad_loss,
+        grad_seq_logps=out.grad_seq_logps(coupled),
     )
     del alive
-    return loss.output(logps), grad
+    return out.output(logps), grad
 
 
 def preference_loss(
@@ -416,32 +542,61 @@ def preference_loss(
     ref_logps: ArrayLike | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     pairs: ArrayLike | None = None,
+    pair_weights: ArrayLike | None = None,
+    desirable: ArrayLike | None = None,
+    baseline: float | None = None,
+    lengths: ArrayLike | None = None,
+    average: bool | None = None,
     reduction: str = "mean",
     with_grad: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> Any:
     """As `dpo_fast.preference_loss`, for arrays: logps [S], float32 or float64 (half types are converted to float32).
 
     With with_grad the result is (DPOOutput, gradient of the loss with respect to logps), for reduction "none" that of
-    the losses' sum.
+    the losses' sum; a function as loss_type then has to return derivatives too, see `dpo_loss`.
     """
     given = np.asarray(logps)
     if given.dtype.kind in "iucbSUOMm":
         raise TypeError(f"logps must be floating-point numbers, found {given.dtype}")
     if given.ndim != 1:
         raise ValueError(f"logps must have shape [S], found {given.shape}")
+    loss = choose_loss(
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        average=average,
+        reduction=reduction,
+        with_reference=ref_logps is not None,
+        with_baseline=baseline is not None,
+        **options,
+    )
+    loss.check_lengths(lengths is not None)
     wide = np.dtype(np.float64 if given.dtype.itemsize >= 8 else np.float32)
     values = np.asarray(given, wide, order="C")
     n_seqs = values.shape[0]
-    loss = _Loss(n_seqs, ref_logps, pairs, wide, loss_type, beta, label_smoothing, reduction)
+    tokens = _floats_or_none("lengths", lengths, np.float64, (n_seqs,), "with one number per sequence")
+    out = _PairLosses(loss, n_seqs, ref_logps, pairs, pair_weights, desirable, baseline, wide, reduction)
     is_wide = wide == np.float64
-    _cpu.preference_forward(loss.spec, is_wide, n_seqs, _address(values), _address(loss.ref_logps), *loss.addresses())
+    _cpu.preference_forward(
+        out.pairs_spec,
+        tuple(loss.options),
+        is_wide,
+        n_seqs,
+        _address(values),
+        _address(out.ref_logps),
+        _address(tokens),
+        *out.addresses(),
+    )
+    coupled = out.add_coupled(values)
     if not with_grad:
-        return loss.output(values)
+        return out.output(values)
     grad = np.empty(n_seqs, wide)
     _cpu.preference_backward(
-        loss.spec, is_wide, n_seqs, _address(loss.pair_grads), _address(loss.grad_loss), 0, _address(grad)
+        out.pairs_spec, is_wide, n_seqs, _address(out.pair_grads), _address(out.grad_loss), 0, _address(grad)
     )
-    return loss.output(values), grad
+    extra = out.grad_seq_logps(coupled)
+    return out.output(values), grad if extra is None else grad + extra

@@ -29,8 +29,14 @@ LOGIT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 _ROWS = "Tensor logits, Tensor targets"
 OPTIONS = "int ignore_index, float temperature, float logit_scale, float softcap"
 _SEQS = "Tensor? cu_seqlens, Tensor? token_weights, bool average"
-_PAIRS = "Tensor? pairs"
-_LOSS = "int loss_type, float beta, float label_smoothing, bool mean"
+PAIRS = "Tensor? pairs, Tensor? pair_weights, Tensor? baseline"
+# dpo_fast._loss_options.LossOptions, and what the sum over pairs is divided by (0: their number)
+LOSS = (
+    "int[] loss_types, float[] loss_weights, float beta, float label_smoothing, float discopop_tau, "
+    "float simpo_gamma, int divergence, float alpha, float desirable_weight, float undesirable_weight, "
+    "float tokens_per_pair, bool averages, float divisor"
+)
+N_LOSS = 12
 _SAVED = "Tensor logps, Tensor stats"
 
 SCHEMAS = {
@@ -42,14 +48,15 @@ SCHEMAS = {
     "sequence_forward": f"({_ROWS}, {_SEQS}, {OPTIONS}, bool double_sums) -> (Tensor seq_logps, "
     "Tensor logps, Tensor stats)",
     "sequence_backward": f"({_ROWS}, {_SEQS}, {OPTIONS}, {_SAVED}, Tensor grad_seq_logps)",
-    "dpo_forward": f"({_ROWS}, Tensor? ref_logps, {_SEQS}, {_PAIRS}, {OPTIONS}, {_LOSS}) -> (Tensor loss, "
-    "Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor seq_logps, Tensor logps, Tensor stats, "
-    "Tensor pair_grads)",
-    "dpo_backward": f"({_ROWS}, {_SEQS}, {_PAIRS}, {OPTIONS}, bool mean, {_SAVED}, Tensor pair_grads, "
+    "dpo_forward": f"({_ROWS}, Tensor? ref_logps, {_SEQS}, {PAIRS}, {OPTIONS}, {LOSS}, bool wpo, bool entropy, "
+    "bool mean_logits, bool is_top1) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, "
+    "Tensor seq_logps, Tensor logps, Tensor stats, Tensor pair_grads, Tensor entropy, Tensor mean_logits, "
+    "Tensor is_top1)",
+    "dpo_backward": f"({_ROWS}, {_SEQS}, Tensor? pairs, {OPTIONS}, float divisor, {_SAVED}, Tensor pair_grads, "
     "Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_seq_logps)",
-    "preference_forward": f"(Tensor logps, Tensor? ref_logps, {_PAIRS}, {_LOSS}) -> (Tensor loss, Tensor losses, "
-    "Tensor chosen_rewards, Tensor rejected_rewards, Tensor pair_grads)",
-    "preference_backward": f"(Tensor logps, {_PAIRS}, bool mean, Tensor pair_grads, Tensor? grad_loss, "
+    "preference_forward": f"(Tensor logps, Tensor? ref_logps, Tensor? lengths, {PAIRS}, {LOSS}) -> (Tensor loss, "
+    "Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor pair_grads)",
+    "preference_backward": "(Tensor logps, Tensor? pairs, float divisor, Tensor pair_grads, Tensor? grad_loss, "
     "Tensor? grad_losses) -> Tensor",
 }
 
@@ -131,15 +138,22 @@ def check_sequence_arguments(
     return _checks.sequence_count(like.shape, None if cu_seqlens is None else cu_seqlens.shape, like_name)
 
 
-def _check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None) -> int:
+def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None) -> int:
     """Checks one target per row, and what groups and weights the rows; returns the number of sequences."""
     check_rows(logits, targets)
     check_shape("targets", targets.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
     return check_sequence_arguments(logits, targets, cu_seqlens, token_weights)
 
 
-def check_pairs(like: Tensor, n_seqs: int, pairs: Tensor | None, ref_logps: Tensor | None = None) -> int:
-    """Checks pairs and ref_logps against n_seqs sequences; returns the number of pairs."""
+def check_pairs(
+    like: Tensor,
+    n_seqs: int,
+    pairs: Tensor | None,
+    ref_logps: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    baseline: Tensor | None = None,
+) -> int:
+    """Checks what a loss takes beside n_seqs log-probs; returns the number of pairs."""
     if pairs is not None:
         check_integers("pairs", pairs)
         check_device("pairs", pairs, like)
@@ -148,7 +162,16 @@ def check_pairs(like: Tensor, n_seqs: int, pairs: Tensor | None, ref_logps: Tens
             raise TypeError(f"ref_logps must be floating-point numbers, found {ref_logps.dtype}")
         check_device("ref_logps", ref_logps, like)
         check_shape("ref_logps", ref_logps.shape, (n_seqs,), "with one log-prob per sequence")
-    return _checks.pair_count(n_seqs, None if pairs is None else pairs.shape)
+    n_pairs = _checks.pair_count(n_seqs, None if pairs is None else pairs.shape)
+    for name, tensor, shape, reason in (
+        ("pair_weights", pair_weights, (n_pairs,), "with one number per pair"),
+        ("baseline", baseline, (), "as one number"),
+    ):
+        if tensor is not None:
+            _check_real(name, tensor)
+            check_device(name, tensor, like)
+            check_shape(name, tensor.shape, shape, reason)
+    return n_pairs
 
 
 def _check_saved(logits: Tensor, targets: Tensor, logps: Tensor, stats: Tensor) -> None:
@@ -213,12 +236,22 @@ class _Call:
             options,
         )
 
+    def pairs(
+        self,
+        n_pairs: int,
+        pairs: Tensor | None,
+        divisor: float,
+        pair_weights: Tensor | None = None,
+        baseline: Tensor | None = None,
+    ) -> tuple[int | float, ...]:
+        return self.integers(pairs), n_pairs, self.doubles(pair_weights), self.doubles(baseline), divisor
+
     def backward(
         self,
         grad: Tensor,
         rows: tuple[int | float, ...],
         seqs: tuple[int, int, bool] | None,
-        loss: tuple[int | float, ...] | None,
+        pairs: tuple[int | float, ...] | None,
         saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
         grads: tuple[Tensor | None, ...],
     ) -> None:
@@ -227,7 +260,7 @@ class _Call:
         _cpu.backward(
             rows,
             seqs,
-            loss,
+            pairs,
             torch.get_num_threads(),
             self.floats(logps),
             self.floats(stats),
@@ -324,7 +357,7 @@ def _sequence_outputs(
     token_weights: Tensor | None,
     double_sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
     wide = wide_type(logits.dtype)
     shape = tuple(targets.shape)
     return (
@@ -367,7 +400,7 @@ def _check_sequence_backward(
     logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *rest: Any
 ) -> None:
     logps, stats, grad_seq_logps = rest[4:]
-    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
     _check_saved(logits, targets, logps, stats)
     check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
 
@@ -413,25 +446,20 @@ def _dpo_outputs(
     ref_logps: Tensor | None,
     cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
-    pairs: Tensor | None,
-) -> tuple[Tensor, ...]:
-    seqs = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
-    n_pairs = check_pairs(logits, seqs[0].shape[0], pairs, ref_logps)
-    losses = _loss_outputs(logits, wide_type(logits.dtype), n_pairs)
-    return (*losses, *seqs, _new(logits, (n_pairs, 2), torch.float64))
-
-
-def _dpo_forward_fake(
-    logits: Tensor,
-    targets: Tensor,
-    ref_logps: Tensor | None,
-    cu_seqlens: Tensor | None,
-    token_weights: Tensor | None,
     average: bool,
     pairs: Tensor | None,
-    *_: Any,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return _dpo_outputs(logits, targets, ref_logps, cu_seqlens, token_weights, pairs)
+    seqs = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
+    n_pairs = check_pairs(logits, seqs[0].shape[0], pairs, ref_logps, pair_weights, baseline)
+    wide = wide_type(logits.dtype)
+    extras = [
+        _new(logits, tuple(targets.shape) if wanted else (0,), torch.bool if i == 2 else wide)
+        for i, wanted in enumerate(rest[-3:])
+    ]
+    return (*_loss_outputs(logits, wide, n_pairs), *seqs, _new(logits, (n_pairs, 2), torch.float64), *extras)
 
 
 def _dpo_forward(
@@ -442,23 +470,29 @@ def _dpo_forward(
     token_weights: Tensor | None,
     average: bool,
     pairs: Tensor | None,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    *loss_and_mean: Any,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    out = _dpo_outputs(logits, targets, ref_logps, cu_seqlens, token_weights, pairs)
-    loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads = out
+    out = _dpo_outputs(
+        logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *rest
+    )
+    loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras = out
+    options, (*loss_options, divisor), (wpo, *want) = rest[:4], rest[4 : 5 + N_LOSS], rest[5 + N_LOSS :]
+    log_sum_sq_probs = torch.empty_like(logps) if wpo else None
     call = _Call(logits.dtype)
-    _cpu.dpo_forward(
-        call.rows(logits, targets, None, token_weights, LogitOptions(ignore_index, temperature, logit_scale, softcap)),
+    _cpu.dpo_forward(  # type: ignore[call-arg]
+        call.rows(logits, targets, None, token_weights, LogitOptions(*options)),
         (call.integers(cu_seqlens), seq_logps.shape[0], average),
-        (call.integers(pairs), losses.shape[0], *loss_and_mean),
+        call.pairs(losses.shape[0], pairs, divisor, pair_weights, baseline),
+        tuple(loss_options),
         torch.get_num_threads(),
+        wpo,
         call.doubles(ref_logps),
         logps.data_ptr(),
         stats.data_ptr(),
+        *[extra.data_ptr() if wanted else 0 for extra, wanted in zip(extras, want, strict=True)],
+        0 if log_sum_sq_probs is None else log_sum_sq_probs.data_ptr(),
         seq_logps.data_ptr(),
         loss.data_ptr(),
         losses.data_ptr(),
@@ -479,7 +513,7 @@ def _check_dpo_backward(
     *rest: Any,
 ) -> None:
     logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps = rest[5:]
-    n_seqs = _check_sequences(logits, targets, cu_seqlens, token_weights)
+    n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
     n_pairs = check_pairs(logits, n_seqs, pairs)
     _check_saved(logits, targets, logps, stats)
     _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
@@ -499,7 +533,7 @@ def _dpo_backward_into(
     temperature: float,
     logit_scale: float,
     softcap: float,
-    mean: bool,
+    divisor: float,
     logps: Tensor,
     stats: Tensor,
     pair_grads: Tensor,
@@ -515,7 +549,7 @@ def _dpo_backward_into(
         grad,
         call.rows(logits, targets, None, token_weights, options),
         (call.integers(cu_seqlens), n_seqs, average),
-        (call.integers(pairs), n_pairs, 0, 0.0, 0.0, mean),
+        call.pairs(n_pairs, pairs, divisor),
         (logps, stats, None, pair_grads),
         (None, None, grad_seq_logps, grad_loss, grad_losses),
     )
@@ -539,29 +573,44 @@ def _check_logps(logps: Tensor) -> None:
         raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
 
 
-def _preference_outputs(logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None) -> tuple[Tensor, ...]:
+def _preference_outputs(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    pairs: Tensor | None,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     _check_logps(logps)
-    n_pairs = check_pairs(logps, logps.shape[0], pairs, ref_logps)
+    n_pairs = check_pairs(logps, logps.shape[0], pairs, ref_logps, pair_weights, baseline)
+    if lengths is not None:
+        _check_real("lengths", lengths)
+        check_device("lengths", lengths, logps, "logps")
+        check_shape("lengths", lengths.shape, logps.shape, "with one number per sequence")
     return (*_loss_outputs(logps, logps.dtype, n_pairs), _new(logps, (n_pairs, 2), torch.float64))
 
 
-def _preference_forward_fake(
-    logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
-    return _preference_outputs(logps, ref_logps, pairs)
-
-
 def _preference_forward(
-    logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None, *loss_and_mean: Any
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    pairs: Tensor | None,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    out = _preference_outputs(logps, ref_logps, pairs)
+    out = _preference_outputs(logps, ref_logps, lengths, pairs, pair_weights, baseline)
+    *loss_options, divisor = rest
     call = _Call(logps.dtype)
     _cpu.preference_forward(
-        (call.integers(pairs), out[1].shape[0], *loss_and_mean),
+        call.pairs(out[1].shape[0], pairs, divisor, pair_weights, baseline),
+        tuple(loss_options),
         logps.dtype is torch.float64,
         logps.shape[0],
         call.floats(logps),
         call.doubles(ref_logps),
+        call.doubles(lengths),
         *[t.data_ptr() for t in out],
     )
     return out
@@ -570,7 +619,7 @@ def _preference_forward(
 def _preference_backward_fake(
     logps: Tensor,
     pairs: Tensor | None,
-    mean: bool,
+    divisor: float,
     pair_grads: Tensor,
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
@@ -584,16 +633,16 @@ def _preference_backward_fake(
 def _preference_backward(
     logps: Tensor,
     pairs: Tensor | None,
-    mean: bool,
+    divisor: float,
     pair_grads: Tensor,
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
 ) -> Tensor:
-    grad = _preference_backward_fake(logps, pairs, mean, pair_grads, grad_loss, grad_losses)
+    grad = _preference_backward_fake(logps, pairs, divisor, pair_grads, grad_loss, grad_losses)
     n_pairs = pair_grads.shape[0]
     call = _Call(logps.dtype)
     _cpu.preference_backward(
-        (call.integers(pairs), n_pairs, 0, 0.0, 0.0, mean),
+        call.pairs(n_pairs, pairs, divisor),
         logps.dtype is torch.float64,
         logps.shape[0],
         call.doubles(pair_grads),
@@ -614,13 +663,13 @@ _define(
     fallback.sequence_forward,
     _sequence_forward_fake,
 )
-_define("dpo_forward", SCHEMAS["dpo_forward"], _dpo_forward, fallback.dpo_forward, _dpo_forward_fake)
+_define("dpo_forward", SCHEMAS["dpo_forward"], _dpo_forward, fallback.dpo_forward, _dpo_outputs)
 _define(
     "preference_forward",
     SCHEMAS["preference_forward"],
     _preference_forward,
     fallback.preference_forward,
-    _preference_forward_fake,
+    _preference_outputs,
 )
 _define(
     "preference_backward",

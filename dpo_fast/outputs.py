@@ -23,9 +23,12 @@ class TokenOutput(NamedTuple):
 class DPOOutput(NamedTuple):
     """A preference loss and what it was made of.
 
-    loss: by reduction, [] or [P]. losses: [P], one per pair. chosen_rewards, rejected_rewards: [P], beta times the
-    log-ratio of policy and reference, without gradient. logps: [S], the sequences' log-probs. loss, losses and logps
-    are differentiable. pairs: [P, 2] as given, None for the default (first half chosen, second half rejected).
+    loss: by reduction, [] or [P]. losses: [P], one per pair (per sequence for losses of single completions).
+    chosen_rewards, rejected_rewards: [P], beta times the log-ratio of policy and reference, without gradient; NaN for a
+    side that is not there. logps: [S], the sequences' log-probs. loss, losses and logps are differentiable. pairs:
+    [P, 2] in use, None for the default (first half chosen, second half rejected), -1 for a side that is not there
+    (`unpaired`: there are such). tokens: the statistics of tokens that were asked for; token_sums: their sums over the
+    tokens of each sequence that count, and the number of these as "lengths", [S] each.
     """
 
     loss: Any
@@ -34,28 +37,60 @@ class DPOOutput(NamedTuple):
     rejected_rewards: Any
     logps: Any
     pairs: Any = None
+    unpaired: bool = False
+    tokens: TokenOutput | None = None
+    token_sums: dict[str, Any] | None = None
+
+    def _side(self, k: int, values: Any) -> Any:
+        """[S] -> those of the chosen (0) or rejected (1) sequences, in the order of the pairs, 0 for absent ones."""
+        n_pairs = self.losses.shape[0]
+        if self.pairs is None:
+            return values[k * n_pairs : (k + 1) * n_pairs]
+        # as int64: a uint8 tensor as index would be a mask
+        pairs = self.pairs.long() if hasattr(self.pairs, "long") else self.pairs
+        found = values[pairs[:, k]]
+        return found * (pairs[:, k] >= 0) if self.unpaired else found
+
+    def _mean(self, k: int, values: Any) -> Any:
+        """Mean over the pairs of a side's [P] values."""
+        if not self.unpaired:
+            return values.mean()
+        there = self.pairs[:, k] >= 0
+        values = values + 0  # a copy
+        values[~there] = 0  # was NaN
+        return values.sum() / there.sum()
+
+    def _means(self) -> dict[str, Any]:
+        chosen, rejected = self.chosen_rewards, self.rejected_rewards
+        means = {"rewards/chosen": self._mean(0, chosen), "rewards/rejected": self._mean(1, rejected)}
+        if not self.unpaired:
+            means["rewards/accuracies"] = 1.0 * (chosen > rejected).sum() / chosen.shape[0]
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        for k, name in enumerate(("chosen", "rejected")):
+            means[f"logps/{name}"] = self._mean(k, self._side(k, self.logps))
+        sums = self.token_sums
+        if sums is None:
+            return means
+        if "mean_logits" in sums:
+            for k, name in enumerate(("chosen", "rejected")):
+                means[f"logits/{name}"] = (
+                    self._side(k, sums["mean_logits"]).sum() / self._side(k, sums["lengths"]).sum()
+                )
+        if "entropy" in sums:
+            means["entropy"] = sums["entropy"].sum() / sums["lengths"].sum()
+        if "is_top1" in sums:
+            means["mean_token_accuracy"] = self._side(0, sums["is_top1"]).sum() / self._side(0, sums["lengths"]).sum()
+        return means
 
     def metrics(self) -> dict[str, float]:
-        """Means over the pairs, under TRL's names; tensors reach the host in one transfer.
+        """Means under TRL's names; tensors reach the host in one transfer.
 
-        rewards/accuracies counts the pairs whose chosen reward is strictly larger.
+        rewards/* and logps/* are means over the pairs, accuracies the share of pairs whose chosen reward is strictly
+        larger (absent for losses of single completions). With the statistics of tokens asked for: logits/chosen and
+        logits/rejected, means of mean_logits over the tokens of these completions; entropy, in nats, over all tokens
+        that count; mean_token_accuracy, the share of the chosen completions' tokens that are the largest logit.
         """
-        n_pairs = self.losses.shape[0]
-        chosen, rejected = self.chosen_rewards, self.rejected_rewards
-        if self.pairs is None:
-            chosen_logps, rejected_logps = self.logps[:n_pairs], self.logps[n_pairs:]
-        else:
-            # as int64: a uint8 tensor as index would be a mask
-            pairs = self.pairs.long() if hasattr(self.pairs, "long") else self.pairs
-            chosen_logps, rejected_logps = self.logps[pairs[:, 0]], self.logps[pairs[:, 1]]
-        means = {
-            "rewards/chosen": chosen.mean(),
-            "rewards/rejected": rejected.mean(),
-            "rewards/accuracies": 1.0 * (chosen > rejected).sum() / n_pairs,
-            "rewards/margins": (chosen - rejected).mean(),
-            "logps/chosen": chosen_logps.mean(),
-            "logps/rejected": rejected_logps.mean(),
-        }
+        means = self._means()
         if hasattr(self.losses, "detach"):
             import torch
 

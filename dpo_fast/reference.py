@@ -205,14 +205,123 @@ def sequence_logps_grad(
     )
 
 
-def softplus(x: Float64) -> Float64:
+# --- losses -----------------------------------------------------------------------------------------------------------
+#
+# Written for real and complex arrays alike: their derivatives are taken by the complex step (Squire & Trapp, 1998,
+# "Using complex variables to estimate derivatives of real functions"), f'(x) = Im f(x + ih) / h, exact to rounding for
+# tiny h.
+
+
+def softplus(x: Any) -> Any:
     """log(1 + exp(x))."""
-    return np.logaddexp(0, x)
+    positive = np.real(x) > 0
+    small = np.exp(np.where(positive, -x, x))
+    return np.where(positive, x, 0) + np.log1p(small)
 
 
-def sigmoid(x: Float64) -> Float64:
+def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x))."""
-    return np.exp(-softplus(-x))
+    positive = np.real(x) > 0
+    small = np.exp(np.where(positive, -x, x))
+    return np.where(positive, 1, small) / (1 + small)
+
+
+def xlogy(x: Any, log_y: Any) -> Any:
+    """x * log_y, 0 where x is 0."""
+    return np.where(x == 0, 0, x * np.where(x == 0, 0, log_y))
+
+
+def log1mexp(x: Any) -> Any:
+    """log(1 - exp(x)) for x <= 0."""
+    return np.log(-np.expm1(x))
+
+
+def divergence_score(ratio: Any, f_divergence: str = "reverse_kl", f_alpha_divergence_coef: float = 0.5) -> Any:
+    """f'(t) for t = exp(ratio) (Wang et al. 2023, arXiv:2309.16240), exponents cut off at 80."""
+    if f_divergence == "js_divergence":
+        return np.log(2) - softplus(-ratio)
+    a = {"reverse_kl": 1.0, "forward_kl": 0.0}.get(f_divergence, f_alpha_divergence_coef)
+    if abs(a - 1) < 1e-6:
+        return ratio
+    x = (a - 1) * ratio
+    return np.expm1(np.where(np.real(x) > 80, 80, x)) / (a - 1)
+
+
+class PairSide:
+    """One side of all pairs: log-probs, log-ratios, scores and lengths, [P] each."""
+
+    def __init__(self, logps: Any, ratios: Any, lengths: Any, divergence: dict[str, Any]) -> None:
+        self.logps, self.ratios, self.lengths = logps, ratios, lengths
+        self.scores = divergence_score(ratios, **divergence)
+        self.average_scores = self.scores / np.maximum(lengths, 1)
+
+
+def pair_losses(name: str, c: PairSide, d: PairSide, beta: float, e: float, o: dict[str, Any]) -> Any:
+    """[P] losses of one type; c chosen, d rejected, e label smoothing. See docs/losses.md for the sources."""
+    x = beta * (c.scores - d.scores)
+    match name:
+        case "sigmoid":
+            return (1 - e) * softplus(-x) + (e * softplus(x) if e else 0)
+        case "hinge":
+            return np.where(np.real(x) < 1, 1 - x, 0)
+        case "ipo":
+            return (c.average_scores - d.average_scores - 1 / (2 * beta)) ** 2
+        case "exo_pair":
+            return xlogy(sigmoid(x), -softplus(-x) - np.log1p(-e)) + xlogy(sigmoid(-x), -softplus(x) - np.log(e))
+        case "nca_pair":
+            return softplus(-beta * c.ratios) + (softplus(beta * c.ratios) + softplus(beta * d.ratios)) / 2
+        case "robust":
+            return ((1 - e) * softplus(-x) - (e * softplus(x) if e else 0)) / (1 - 2 * e)
+        case "bco_pair":
+            return softplus(-beta * c.ratios) + softplus(beta * d.ratios)
+        case "sppo_hard":
+            return (c.ratios - 0.5 / beta) ** 2 + (d.ratios + 0.5 / beta) ** 2
+        case "apo_zero":
+            return sigmoid(-beta * c.ratios) + sigmoid(beta * d.ratios)
+        case "apo_down":
+            return sigmoid(beta * c.ratios) + sigmoid(-beta * (c.ratios - d.ratios))
+        case "discopop":
+            tau = o.get("discopop_tau", 0.05)
+            # m exp(-x) with m = sigmoid(x / tau), as one exponential
+            return xlogy(sigmoid(-x / tau), softplus(-x)) + np.exp(-x - softplus(-x / tau))
+        case "sigmoid_norm":
+            return softplus(-beta * (c.average_scores - d.average_scores))
+        case "sft":
+            # the mean over the chosen tokens of the batch, once pairs are averaged
+            n_pairs = o.get("num_pairs", len(c.lengths))
+            tokens = o.get("num_chosen_tokens", c.lengths.sum())
+            sums = c.logps * (c.lengths if o["average"] else 1)
+            return -sums * n_pairs / tokens if tokens else 0 * sums
+        case "simpo":
+            y = beta * (c.logps - d.logps) - o.get("simpo_gamma", 0.5)
+            return (1 - e) * softplus(-y) + (e * softplus(y) if e else 0)
+        case "cpo":
+            y = beta * (c.logps - d.logps)
+            return (1 - e) * softplus(-y) + (e * softplus(y) if e else 0) - c.logps
+        case "orpo":
+            odds = c.logps - d.logps - (log1mexp(c.logps) - log1mexp(d.logps))
+            return beta * softplus(-odds) - c.logps
+        case "aot":
+            margins = sort_by_real(c.logps - d.logps) - np.sort((c.logps - c.ratios - d.logps + d.ratios).real)
+            return (1 - e) * softplus(-beta * margins) + e * softplus(beta * margins)
+        case "aot_unpaired":
+            margins = sort_by_real(c.ratios) - sort_by_real(d.ratios)
+            return (1 - e) * softplus(-beta * margins) + e * softplus(beta * margins)
+    raise ValueError(f"no loss {name!r}")
+
+
+def sort_by_real(x: Any) -> Any:
+    """Ascending, ties in their order."""
+    return x[np.argsort(np.real(x), kind="stable")]
+
+
+def single_losses(name: str, ratios: Any, desirable: Any, beta: float, baseline: float, o: dict[str, Any]) -> Any:
+    """[S] losses of completions that stand alone."""
+    sign = np.where(desirable, 1.0, -1.0)
+    if name == "bco":
+        return softplus(-sign * (beta * ratios - baseline))
+    weights = np.where(desirable, o.get("desirable_weight", 1.0), o.get("undesirable_weight", 1.0))
+    return weights * sigmoid(-sign * beta * (ratios - baseline))
 
 
 def pair_index(n_seqs: int, pairs: ArrayLike | None) -> NDArray[np.int64]:
@@ -222,58 +331,147 @@ def pair_index(n_seqs: int, pairs: ArrayLike | None) -> NDArray[np.int64]:
     return np.asarray(pairs, np.int64)
 
 
-def preference_loss(
-    logps: ArrayLike,
+def preference_losses(
+    logps: Any,
     ref_logps: ArrayLike | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: Any = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     pairs: ArrayLike | None = None,
-    reduction: str = "mean",
-) -> DPOOutput:
-    """DPO (Rafailov et al. 2023, eq. 7): softplus(-beta r), r = lr_chosen - lr_rejected, lr = logps - ref_logps.
+    pair_weights: ArrayLike | None = None,
+    desirable: ArrayLike | None = None,
+    baseline: float = 0.0,
+    lengths: ArrayLike | None = None,
+    average: bool = False,
+    f_divergence: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    **o: Any,
+) -> Any:
+    """[P] losses of real or complex logps [S]; the options of `dpo_fast.preference_loss`."""
+    ratios = logps - (0 if ref_logps is None else np.asarray(ref_logps, np.float64))
+    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    if names[0] in ("kto", "bco"):
+        n = len(logps)
+        good = np.arange(n) < n // 2 if desirable is None else np.asarray(desirable, bool)
+        losses = single_losses(names[0], ratios, good, beta, float(baseline), o)
+        return losses if pair_weights is None else losses * np.asarray(pair_weights, np.float64)
+    tokens = np.zeros(len(logps)) if lengths is None else np.asarray(lengths, np.float64)
+    divergence = {"f_divergence": f_divergence, "f_alpha_divergence_coef": f_alpha_divergence_coef}
+    chosen, rejected = (PairSide(logps[k], ratios[k], tokens[k], divergence) for k in pair_index(len(logps), pairs).T)
+    total = 0
+    for name, weight in zip(names, loss_weights or [1] * len(names), strict=True):
+        total = total + weight * pair_losses(name, chosen, rejected, beta, label_smoothing, {**o, "average": average})
+    return total if pair_weights is None else total * np.asarray(pair_weights, np.float64)
 
-    With label smoothing e, conservative DPO: (1 - e) softplus(-beta r) + e softplus(beta r).
-    """
-    assert loss_type == "sigmoid"
+
+def _reduced(losses: Any, reduction: str, num_pairs: float | None) -> Any:
+    return {"mean": losses.sum() / (num_pairs or max(len(losses), 1)), "sum": losses.sum(), "none": losses}[reduction]
+
+
+def preference_loss(
+    logps: ArrayLike, ref_logps: ArrayLike | None = None, *, reduction: str = "mean", **options: Any
+) -> DPOOutput:
+    """DPO (Rafailov et al. 2023, eq. 7), softplus(-beta r), r = lr_chosen - lr_rejected, lr = logps - ref_logps, and
+    the rest of its family; see docs/losses.md."""
     logps = np.asarray(logps, np.float64)
     ratios = logps if ref_logps is None else logps - np.asarray(ref_logps, np.float64)
-    chosen, rejected = ratios[pair_index(len(logps), pairs)].T
-    x = beta * (chosen - rejected)
-    losses = (
-        softplus(-x) if label_smoothing == 0 else (1 - label_smoothing) * softplus(-x) + label_smoothing * softplus(x)
-    )
-    loss = {"mean": losses.mean(), "sum": losses.sum(), "none": losses}[reduction]
-    return DPOOutput(loss, losses, beta * chosen, beta * rejected, logps, pairs)
+    losses = preference_losses(logps, ref_logps, **options)
+    beta, pairs = options.get("beta", 0.1), options.get("pairs")
+    unpaired = options.get("loss_type") in ("kto", "bco")
+    if unpaired:
+        n = len(logps)
+        desirable = options.get("desirable")
+        good = np.arange(n) < n // 2 if desirable is None else np.asarray(desirable, bool)
+        chosen, rejected = (np.where(side, beta * ratios, np.nan) for side in (good, ~good))
+        numbers = np.arange(n)
+        pairs = np.stack([np.where(good, numbers, -1), np.where(good, -1, numbers)], -1)
+    else:
+        chosen, rejected = (beta * ratios[k] for k in pair_index(len(logps), pairs).T)
+    loss = _reduced(losses, reduction, options.get("num_pairs"))
+    return DPOOutput(loss, losses, chosen, rejected, logps, pairs, unpaired)
 
 
 def preference_loss_grad(
     logps: ArrayLike,
     ref_logps: ArrayLike | None = None,
     *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    pairs: ArrayLike | None = None,
     reduction: str = "mean",
     grad_losses: ArrayLike | None = None,
+    **options: Any,
 ) -> Float64:
     """dloss/dlogps [S]; for reduction "none" of sum(grad_losses * losses), by default of their sum."""
-    out = preference_loss(logps, ref_logps, beta=beta, loss_type=loss_type, pairs=pairs)
-    x = out.chosen_rewards - out.rejected_rewards
-    slope = -(1 - label_smoothing) * sigmoid(-x) + label_smoothing * sigmoid(x)
-    dr = beta * slope * (1 if grad_losses is None else np.asarray(grad_losses, np.float64))
-    if reduction == "mean":
-        dr = dr / len(x)
-    grad = np.zeros(len(out.logps))
-    index = pair_index(len(grad), pairs)
-    np.add.at(grad, index[:, 0], dr)
-    np.add.at(grad, index[:, 1], -dr)
+    logps = np.asarray(logps, np.float64)
+    g = 1.0 if grad_losses is None else np.asarray(grad_losses, np.float64)
+    grad = np.zeros(len(logps))
+    h = 1e-200
+    with np.errstate(over="ignore", invalid="ignore"):
+        for s in range(len(logps)):
+            moved = logps.astype(np.complex128)
+            moved[s] += 1j * h
+            losses = g * preference_losses(moved, ref_logps, **options)
+            total = _reduced(losses, "sum" if reduction == "none" else reduction, options.get("num_pairs"))
+            grad[s] = np.imag(total) / h
     return grad
 
 
-LOSS_OPTIONS = ("beta", "loss_type", "label_smoothing", "pairs", "reduction")
+LOSS_OPTIONS = (
+    *("beta", "loss_type", "loss_weights", "label_smoothing", "pairs", "pair_weights", "desirable", "baseline"),
+    *("reduction", "f_divergence", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma"),
+    *("desirable_weight", "undesirable_weight", "num_pairs", "num_chosen_tokens"),
+)
+
+
+def ld_dpo_weights(
+    targets: ArrayLike,
+    ld_alpha: float,
+    *,
+    pairs: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    ignore_index: int = -100,
+) -> Float64:
+    """1 for as many tokens as the shorter completion of a pair has, ld_alpha past them (arXiv:2409.06411, eq. 9)."""
+    targets = np.asarray(targets)
+    weights = np.ones(targets.shape)
+    bounds = sequence_bounds(targets, cu_seqlens)
+    kept = [targets[index] != ignore_index for index in bounds]
+    for pair in pair_index(len(bounds), pairs):
+        shared = min(kept[s].sum() for s in pair)
+        for s in pair:
+            weights[bounds[s]] = np.where(np.cumsum(kept[s]) > shared, ld_alpha, 1)
+    return weights
+
+
+def _split(
+    logits: ArrayLike, targets: ArrayLike, ref_logits: ArrayLike | None, ref_logps: ArrayLike | None, options: Any
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Options of the log-probs, options of the loss, and the reference's log-probs."""
+    options = dict(options)
+    loss = {k: options.pop(k) for k in LOSS_OPTIONS if k in options}
+    loss["average"] = options.setdefault("average", loss.get("loss_type") in ("simpo", "orpo"))
+    ld_alpha, wpo = options.pop("ld_alpha", None), options.pop("wpo", False)
+    layout = {k: options[k] for k in ("cu_seqlens", "ignore_index") if k in options}
+    if ld_alpha is not None:
+        weights = ld_dpo_weights(targets, ld_alpha, pairs=loss.get("pairs"), **layout)
+        given = options.get("token_weights")
+        options["token_weights"] = weights if given is None else weights * np.asarray(given)
+    bounds = sequence_bounds(targets, options.get("cu_seqlens"))
+    ignore = options.get("ignore_index", -100)
+    loss["lengths"] = [(np.asarray(targets)[index] != ignore).sum() for index in bounds]
+    if wpo:  # WPO, arXiv:2406.11827, eq. 2
+        tokens = token_logps(
+            logits, targets, **{k: v for k, v in options.items() if k not in ("average", "cu_seqlens")}
+        )
+        kept = kept_rows(targets, ignore, options.get("token_weights"))
+        aligned = tokens.logps - tokens.log_sum_sq_probs
+        weights = np.array([np.exp(aligned[i][kept[i]].sum() / max(kept[i].sum(), 1)) for i in bounds])
+        pair_weights = weights[pair_index(len(bounds), loss.get("pairs"))].prod(-1)
+        given = loss.get("pair_weights")
+        loss["pair_weights"] = pair_weights if given is None else pair_weights * np.asarray(given)
+    if ref_logits is not None:
+        ref_logps = sequence_logps(ref_logits, targets, **options)
+    return options, loss, ref_logps
 
 
 def dpo_loss(
@@ -284,10 +482,8 @@ def dpo_loss(
     ref_logits: ArrayLike | None = None,
     **options: Any,
 ) -> DPOOutput:
-    """`preference_loss` of `sequence_logps`; takes the options of both."""
-    loss = {k: options.pop(k) for k in LOSS_OPTIONS if k in options}
-    if ref_logits is not None:
-        ref_logps = sequence_logps(ref_logits, targets, **options)
+    """`preference_loss` of `sequence_logps`; takes the options of both, and ld_alpha and wpo."""
+    options, loss, ref_logps = _split(logits, targets, ref_logits, ref_logps, options)
     return preference_loss(sequence_logps(logits, targets, **options), ref_logps, **loss)
 
 
@@ -301,9 +497,7 @@ def dpo_loss_grad(
     **options: Any,
 ) -> Float64:
     """dloss/dlogits of `dpo_loss`."""
-    loss = {k: options.pop(k) for k in LOSS_OPTIONS if k in options}
-    if ref_logits is not None:
-        ref_logps = sequence_logps(ref_logits, targets, **options)
+    options, loss, ref_logps = _split(logits, targets, ref_logits, ref_logps, options)
     grad = preference_loss_grad(sequence_logps(logits, targets, **options), ref_logps, grad_losses=grad_losses, **loss)
     return sequence_logps_grad(logits, targets, grad, **options)
 
@@ -311,6 +505,7 @@ def dpo_loss_grad(
 __all__: Sequence[str] = (
     "dpo_loss",
     "dpo_loss_grad",
+    "ld_dpo_weights",
     "preference_loss",
     "preference_loss_grad",
     "selective_log_softmax",

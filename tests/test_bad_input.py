@@ -204,7 +204,7 @@ def test_preference_backward_checks_the_type():
     grads = torch.ones(2, 2, dtype=torch.float64), torch.ones(()), None
     for dtype in (torch.float16, torch.bfloat16, torch.int8, torch.int64):
         with pytest.raises(TypeError, match="logps must be torch.float32 or torch.float64"):
-            torch.ops.dpo_fast.preference_backward(torch.zeros(4).to(dtype), None, True, *grads)
+            torch.ops.dpo_fast.preference_backward(torch.zeros(4).to(dtype), None, 0.0, *grads)
 
 
 def test_no_index_is_ignored_by_accident():

@@ -8,8 +8,9 @@ import torch
 from helpers import LAYOUTS, assert_accurate, make_case, naive_sequence_logps, random_pairs, to_numpy
 
 from dpo_fast import fallback, ops, reference  # noqa: F401  (ops defines torch.ops.dpo_fast)
+from dpo_fast._loss_options import choose_loss
 
-LOSS = (0, 0.1, 0.2, True)
+LOSS = (*choose_loss(label_smoothing=0.2).options, 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -111,13 +112,12 @@ def test_cu_seqlens_are_checked():
 def test_gradients_of_separate_losses_and_logps():
     case = make_case("padded", (4, 5, 33), torch.float64)
     x, options = case.leaf, (-100, 1.0, 1.0, 0.0)
-    out = fallback.dpo_forward(x, case.targets, None, None, None, False, None, *options, *LOSS)
+    want = (False, False, False, False)
+    out = fallback.dpo_forward(x, case.targets, None, None, None, False, None, None, None, *options, *LOSS, *want)
     grads = (torch.tensor(0.3, dtype=torch.float64), torch.randn(2).double(), torch.randn(4).double())
-    kernel = torch.ops.dpo_fast.dpo_backward(
-        x, case.targets, None, None, False, None, *options, True, *out[-3:], *grads
-    )
+    kernel = torch.ops.dpo_fast.dpo_backward(x, case.targets, None, None, False, None, *options, 0.0, *out[5:8], *grads)
     found = torch.empty_like(x)
-    fallback.dpo_backward_into(found, x, case.targets, None, None, False, None, *options, True, *out[-3:], *grads)
+    fallback.dpo_backward_into(found, x, case.targets, None, None, False, None, *options, 0.0, *out[5:8], *grads)
     torch.testing.assert_close(found, kernel)
     naive = naive_sequence_logps(x, case.targets, None)
     assert_accurate(out[4], reference.sequence_logps(x.numpy(), case.targets.numpy()), naive, torch.float64)
@@ -125,7 +125,7 @@ def test_gradients_of_separate_losses_and_logps():
 
 def test_pairs_are_checked():
     with pytest.raises(IndexError, match=r"pairs\[0, 1\] = -1 is outside \[0, 4\)"):
-        fallback.preference_forward(torch.zeros(4), None, torch.tensor([[0, -1]]), *LOSS)
+        fallback.preference_forward(torch.zeros(4), None, None, torch.tensor([[0, -1]]), None, None, *LOSS)
 
 
 def test_other_devices_check_shapes_and_types():
@@ -138,7 +138,8 @@ def test_other_devices_check_shapes_and_types():
         return getattr(torch.ops.dpo_fast, name).default.redispatch(keys, *args)
 
     def dpo(x=x, targets=targets, ref=None, cu=None, weights=None, pairs=None):
-        return call("dpo_forward", x, targets, ref, cu, weights, False, pairs, *options, *LOSS)
+        rest = (*options, *LOSS, False, False, False, False)
+        return call("dpo_forward", x, targets, ref, cu, weights, False, pairs, None, None, *rest)
 
     assert torch.isfinite(dpo()[0])
     bad = [

@@ -20,6 +20,7 @@ from helpers import (
 
 import dpo_fast
 from dpo_fast import _head, linear_ops, reference
+from dpo_fast._loss_options import choose_loss
 
 S, T, H, V, R = 4, 9, 16, 507, 3
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -444,7 +445,8 @@ def test_opcheck():
     g = torch.randn(S, T)
     backward = (*head, *options, out[0], out[1], out[2], out[-1], g, g, 1 << 20, True, *[True] * 5)
     torch.library.opcheck(torch.ops.dpo_fast.linear_token_backward.default, backward)
-    dpo = (*head, problem.ref, None, problem.weights, True, None, *options, 0, 0.1, 0.0, True, 1 << 20, True)
+    loss = (*choose_loss().options, 0.0, True, True, False, True)  # divisor, wpo, statistics of tokens
+    dpo = (*head, problem.ref, None, problem.weights, True, None, None, None, *options, *loss, 1 << 20, True)
     torch.library.opcheck(torch.ops.dpo_fast.linear_dpo_forward.default, (*dpo, *[True] * 5))
 
 

@@ -9,9 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_fast
 from dpo_fast import ops, reference  # ops defines torch.ops.dpo_fast
+from dpo_fast._loss_options import choose_loss
 
 OPTIONS = (-100, 1.0, 1.0, 0.0)
-LOSS = (0, 0.1, 0.0, True)
+LOSS = (*choose_loss().options, 0.0)
 
 
 def operator_calls():
@@ -35,12 +36,12 @@ def operator_calls():
         seq[2],
         torch.randn(4),
     )
-    dpo = (x, targets, ref, None, weights, False, pairs, *OPTIONS, *LOSS)
+    dpo = (x, targets, ref, None, weights, False, pairs, torch.rand(6), None, *OPTIONS, *LOSS, True, True, True, False)
     out = torch.ops.dpo_fast.dpo_forward(*dpo)
     n = len(pairs)
     grads = (torch.randn(()), torch.randn(n), torch.randn(4))
-    dpo_backward = (x, targets, None, weights, False, pairs, *OPTIONS, True, *out[-3:], *grads)
-    pref = torch.ops.dpo_fast.preference_forward(ref, None, pairs, *LOSS)
+    dpo_backward = (x, targets, None, weights, False, pairs, *OPTIONS, 0.0, *out[5:8], *grads)
+    pref = torch.ops.dpo_fast.preference_forward(ref, None, torch.ones(4), pairs, None, torch.ones(()), *LOSS)
     return {
         "token_forward": (x, targets, mask, *OPTIONS, True, False, True, False),
         "token_backward": token_backward,
@@ -51,8 +52,8 @@ def operator_calls():
         "dpo_forward": dpo,
         "dpo_backward": dpo_backward,
         "dpo_backward_": dpo_backward,
-        "preference_forward": (ref, None, pairs, *LOSS),
-        "preference_backward": (ref, pairs, True, pref[-1], *grads[:2]),
+        "preference_forward": (ref, None, torch.ones(4), pairs, None, torch.ones(()), *LOSS),
+        "preference_backward": (ref, pairs, 0.0, pref[-1], *grads[:2]),
     }
 
 
@@ -198,8 +199,10 @@ def test_fake_cuda_tensors():
         assert out.losses.shape == (2,)
         assert out.loss.device.type == "cuda"
         assert out.logps.dtype == torch.float32
-        saved = torch.ops.dpo_fast.dpo_forward(x, targets, None, None, None, False, None, *OPTIONS, *LOSS)[-3:]
-        args = (x, targets, None, None, False, None, *OPTIONS, True, *saved, out.loss, None, None)
+        saved = torch.ops.dpo_fast.dpo_forward(
+            x, targets, None, None, None, False, None, None, None, *OPTIONS, *LOSS, False, False, False, False
+        )[5:8]
+        args = (x, targets, None, None, False, None, *OPTIONS, 0.0, *saved, out.loss, None, None)
         grad = torch.ops.dpo_fast.dpo_backward(*args)
         assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)
 

@@ -1,0 +1,295 @@
+"""Which preference loss, with which parameters: the checks that the torch and the NumPy functions share.
+
+A loss is a weighted sum of terms. Most are sums over pairs, whose values and derivatives stand in
+csrc/preference_loss.h; the names and what each of them reads come from its table. The others couple the pairs of a
+batch (sorting), or are a function given by the user: those stand in _coupled.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+from dpo_fast import _cpu
+from dpo_fast._checks import check_reduction
+
+
+class LossFlags:
+    """Bits for what a loss reads and asks for (enum LossFlags in csrc/preference_loss.h)."""
+
+    DIVERGENCE = 1
+    SMOOTHING = 2
+    SMOOTHING_OVER_0 = 4
+    SMOOTHING_UNDER_HALF = 8
+    BETA_OVER_0 = 16
+    LENGTHS = 32
+    SUMS = 64
+    AVERAGES = 128
+    REFERENCE_FREE = 256
+    UNPAIRED = 512
+    TAU = 1024
+    GAMMA = 2048
+    BASELINE = 4096
+    SIDE_WEIGHTS = 8192
+
+
+PAIR_LOSSES = {name: (number, flags) for number, (name, flags) in enumerate(_cpu.loss_types())}
+COUPLED_LOSSES = {"aot": LossFlags.SMOOTHING, "aot_unpaired": LossFlags.SMOOTHING}
+LOSS_TYPES = (*PAIR_LOSSES, *COUPLED_LOSSES)
+
+# By number, as enum Divergence has them.
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+MAX_TERMS = 8
+
+LossFunction = Callable[..., Any]
+LossType = str | LossFunction | Sequence[str | LossFunction]
+
+
+class LossOptions(NamedTuple):
+    """The terms that are sums over pairs, as the kernels and operators take them."""
+
+    types: tuple[int, ...]
+    weights: tuple[float, ...]
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
+    simpo_gamma: float
+    divergence: int
+    alpha: float
+    desirable_weight: float
+    undesirable_weight: float
+    tokens_per_pair: float  # 0: counted
+    average: bool
+
+
+class Loss(NamedTuple):
+    """A checked loss."""
+
+    options: LossOptions
+    coupled: tuple[tuple[str | LossFunction, float], ...]  # terms of _coupled.py, with their weights
+    flags: int  # of all terms together
+    divisor: float  # of the sum over pairs; 0: their number
+
+    @property
+    def average(self) -> bool:
+        """Whether sequence log-probs are averages over tokens."""
+        return self.options.average
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether completions stand alone, desirable or not."""
+        return bool(self.flags & LossFlags.UNPAIRED)
+
+    def check_lengths(self, given: bool) -> None:
+        """Raises ValueError where a term reads lengths that are not there, or none reads them."""
+        if bool(self.flags & LossFlags.LENGTHS) and not given:
+            raise ValueError("this loss needs lengths, the number of tokens of each sequence")
+
+
+class LossKeywords(TypedDict, total=False):
+    """Options of a loss beside its name, beta and label_smoothing, each read by some of the losses only.
+
+    loss_weights: one number per loss type, by default 1.
+    f_divergence: "reverse_kl" (default), "forward_kl", "js_divergence" or "alpha_divergence" in place of log-ratios
+        (f-DPO, Wang et al. 2023, arXiv:2309.16240); f_alpha_divergence_coef: alpha of the last, by default 0.5.
+    discopop_tau: temperature of "discopop", by default 0.05.
+    simpo_gamma: target margin of "simpo", by default 0.5.
+    desirable_weight, undesirable_weight: of "kto", by default 1.
+    num_pairs: what the sum of the losses is divided by for reduction "mean", instead of the number of pairs here: the
+        pairs of all microbatches, over the number of data-parallel ranks that average their gradients.
+    num_chosen_tokens: the same for the tokens of "sft", needed beside num_pairs.
+    """
+
+    loss_weights: Sequence[float] | None
+    f_divergence: str
+    f_alpha_divergence_coef: float | None
+    discopop_tau: float | None
+    simpo_gamma: float | None
+    desirable_weight: float | None
+    undesirable_weight: float | None
+    num_pairs: float | None
+    num_chosen_tokens: float | None
+
+
+def _listed(names: Sequence[Any]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _finite(name: str, value: float) -> float:
+    if not -math.inf < value < math.inf:  # also for NaN; math.isfinite would stop torch.compile
+        raise ValueError(f"{name} must be finite, found {value}")
+    return float(value)
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, found {value}")
+    return float(value)
+
+
+def _terms(
+    loss_type: LossType, loss_weights: Sequence[float] | None
+) -> tuple[list[str | LossFunction], list[float], list[int]]:
+    single = isinstance(loss_type, str) or callable(loss_type)
+    types: list[Any] = [loss_type] if single else list(loss_type)  # type: ignore[arg-type]
+    if not 0 < len(types) <= MAX_TERMS:
+        raise ValueError(f"loss_type must name 1 to {MAX_TERMS} losses, found {len(types)}")
+    flags = []
+    for name in types:
+        if callable(name):
+            flags.append(0)
+        elif isinstance(name, str) and name in PAIR_LOSSES:
+            flags.append(PAIR_LOSSES[name][1])
+        elif isinstance(name, str) and name in COUPLED_LOSSES:
+            flags.append(COUPLED_LOSSES[name])
+        else:
+            raise ValueError(f"loss_type must be one of {_listed(LOSS_TYPES)}, or a function, found {name!r}")
+    weights = [1.0] * len(types) if loss_weights is None else [_finite("loss_weights", w) for w in loss_weights]
+    if len(weights) != len(types):
+        raise ValueError(f"loss_weights must have one number per loss type, {len(types)}, found {len(weights)}")
+    return types, weights, flags
+
+
+def _parameter(name: str, value: float | None, default: float, flag: int, flags: int, found: Sequence[Any]) -> float:
+    """The value of a parameter that only some losses read; given where none reads it, it is refused."""
+    if value is None:
+        return default
+    if not flag & flags:
+        readers = [name for name, (_, other) in PAIR_LOSSES.items() if flag & other]
+        raise ValueError(f"{name} is read by {_listed(readers)} only, found loss_type {_listed(found)}")
+    return _finite(name, value)
+
+
+def _check_smoothing(label_smoothing: float, flags: int, found: Sequence[Any]) -> None:
+    if not 0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5], found {label_smoothing}")
+    if label_smoothing and not flags & LossFlags.SMOOTHING:
+        readers = [name for name, (_, other) in PAIR_LOSSES.items() if other & LossFlags.SMOOTHING]
+        readers += list(COUPLED_LOSSES)
+        raise ValueError(
+            f"label_smoothing is read by {_listed(readers)} only, found {label_smoothing} with loss_type "
+            f"{_listed(found)}"
+        )
+    if flags & LossFlags.SMOOTHING_OVER_0 and label_smoothing == 0:
+        raise ValueError("'exo_pair' needs label_smoothing in (0, 0.5] (its paper recommends 1e-3), found 0")
+    if flags & LossFlags.SMOOTHING_UNDER_HALF and label_smoothing == 0.5:
+        raise ValueError("'robust' needs label_smoothing in [0, 0.5), found 0.5")
+
+
+def _divergence(f_divergence: str, coefficient: float | None, types: Sequence[Any], each: Sequence[int]) -> int:
+    if f_divergence not in DIVERGENCES:
+        raise ValueError(f"f_divergence must be one of {_listed(DIVERGENCES)}, found {f_divergence!r}")
+    if coefficient is not None and f_divergence != "alpha_divergence":
+        raise ValueError(f"f_alpha_divergence_coef is read by 'alpha_divergence' only, found {f_divergence!r}")
+    if f_divergence != "reverse_kl":
+        able = [name for name, (_, flags) in PAIR_LOSSES.items() if flags & LossFlags.DIVERGENCE]
+        wrong = [t for t, flags in zip(types, each, strict=True) if not flags & LossFlags.DIVERGENCE and t != "sft"]
+        if wrong or all(t == "sft" for t in types):
+            raise ValueError(
+                f"f_divergence {f_divergence!r} is for {_listed(able)} (beside which 'sft' may stand), found "
+                f"loss_type {_listed(types)}"
+            )
+    return DIVERGENCES.index(f_divergence)
+
+
+def _check_average(average: bool | None, types: Sequence[Any], each: Sequence[int]) -> bool:
+    """Whether log-probs are averaged over tokens: as asked, or as the losses are defined."""
+    averages = [t for t, flags in zip(types, each, strict=True) if flags & LossFlags.AVERAGES]
+    sums = [t for t, flags in zip(types, each, strict=True) if flags & LossFlags.SUMS]
+    if averages and sums:
+        raise ValueError(f"{_listed(averages)} need average=True, {_listed(sums)} need average=False")
+    if averages and average is False:
+        raise ValueError(f"{_listed(averages)} are defined on averages over tokens: average must be True")
+    if sums and average:
+        raise ValueError(f"{_listed(sums)} are defined on sums over tokens: average must be False")
+    return bool(averages) if average is None else bool(average)
+
+
+def choose_loss(
+    *,
+    loss_type: LossType = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    average: bool | None = None,
+    reduction: str = "mean",
+    with_reference: bool = False,
+    with_baseline: bool = False,
+    with_token_weights: bool = False,
+    wpo: bool = False,
+    loss_weights: Sequence[float] | None = None,
+    f_divergence: str = "reverse_kl",
+    f_alpha_divergence_coef: float | None = None,
+    discopop_tau: float | None = None,
+    simpo_gamma: float | None = None,
+    desirable_weight: float | None = None,
+    undesirable_weight: float | None = None,
+    num_pairs: float | None = None,
+    num_chosen_tokens: float | None = None,
+) -> Loss:
+    """Checks a loss's name and parameters.
+
+    Raises:
+        ValueError: an unknown name, a parameter out of its range, or one that none of the losses reads.
+    """
+    check_reduction(reduction)
+    types, weights, each = _terms(loss_type, loss_weights)
+    flags = 0
+    for other in each:
+        flags |= other
+    beta = _finite("beta", beta)
+    if flags & LossFlags.BETA_OVER_0 and beta <= 0:
+        raise ValueError(f"{_listed(types)} divide by beta: it must be positive, found {beta}")
+    _check_smoothing(label_smoothing, flags, types)
+    average = _check_average(average, types, each)
+    divergence = _divergence(f_divergence, f_alpha_divergence_coef, types, each)
+    alpha = 0.5 if f_alpha_divergence_coef is None else _finite("f_alpha_divergence_coef", f_alpha_divergence_coef)
+    if with_reference and flags & LossFlags.REFERENCE_FREE:
+        raise ValueError(f"{_listed(types)} have no reference: ref_* must be None")
+    if flags & LossFlags.UNPAIRED and (not all(other & LossFlags.UNPAIRED for other in each) or wpo):
+        raise ValueError(f"losses of unpaired completions stand without others and without wpo, found {_listed(types)}")
+    if with_baseline != bool(flags & LossFlags.BASELINE):
+        raise ValueError(f"baseline goes with 'kto' and 'bco', which need it, found loss_type {_listed(types)}")
+    is_coupled = [callable(t) or t in COUPLED_LOSSES for t in types]
+    if wpo and any(is_coupled):
+        raise ValueError(f"wpo weighs the losses of pairs, which {_listed(types)} do not have one by one")
+    if "sft" in types and average and with_token_weights:
+        raise ValueError("'sft' beside averages over tokens takes no token_weights")
+    tau = _parameter("discopop_tau", discopop_tau, 0.05, LossFlags.TAU, flags, types)
+    divisor, tokens_per_pair = _normalisation(reduction, num_pairs, num_chosen_tokens, "sft" in types)
+    options = LossOptions(
+        types=tuple(PAIR_LOSSES[t][0] for t, c in zip(types, is_coupled, strict=True) if not c),  # type: ignore[index]
+        weights=tuple(w for w, c in zip(weights, is_coupled, strict=True) if not c),
+        beta=beta,
+        label_smoothing=float(label_smoothing),
+        discopop_tau=_positive("discopop_tau", tau),
+        simpo_gamma=_parameter("simpo_gamma", simpo_gamma, 0.5, LossFlags.GAMMA, flags, types),
+        divergence=divergence,
+        alpha=alpha,
+        desirable_weight=_parameter("desirable_weight", desirable_weight, 1.0, LossFlags.SIDE_WEIGHTS, flags, types),
+        undesirable_weight=_parameter(
+            "undesirable_weight", undesirable_weight, 1.0, LossFlags.SIDE_WEIGHTS, flags, types
+        ),
+        tokens_per_pair=tokens_per_pair,
+        average=average,
+    )
+    coupled = tuple((t, w) for t, w, c in zip(types, weights, is_coupled, strict=True) if c)
+    return Loss(options, coupled, flags, divisor)
+
+
+def _normalisation(
+    reduction: str, num_pairs: float | None, num_chosen_tokens: float | None, has_sft: bool
+) -> tuple[float, float]:
+    """What the sum over pairs is divided by (0: their number), and chosen tokens per pair (0: counted)."""
+    if num_pairs is None:
+        if num_chosen_tokens is not None:
+            raise ValueError("num_chosen_tokens goes with num_pairs")
+        return (0.0 if reduction == "mean" else 1.0), 0.0
+    if reduction != "mean":
+        raise ValueError(f"num_pairs is for reduction 'mean', found {reduction!r}")
+    if has_sft != (num_chosen_tokens is not None):
+        raise ValueError("with num_pairs, 'sft' needs num_chosen_tokens, and no other loss reads it")
+    divisor = _positive("num_pairs", num_pairs)
+    tokens = 0.0 if num_chosen_tokens is None else _positive("num_chosen_tokens", num_chosen_tokens)
+    return divisor, tokens / divisor
