@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_fast._native import get_num_threads, set_num_threads
     from dpo_fast._sequences import ld_dpo_weights
-    from dpo_fast.collate import completion_targets
+    from dpo_fast.collate import completion_targets, in_batch_negatives, in_batch_pairs, packed_batch, padded_batch
     from dpo_fast.linear import linear_dpo_loss, linear_plan, linear_sequence_logps, linear_token_logps
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
@@ -25,11 +25,15 @@ _MODULE_OF = {
     "completion_targets": "collate",
     "dpo_loss": "losses",
     "get_num_threads": "_native",
+    "in_batch_negatives": "collate",
+    "in_batch_pairs": "collate",
     "ld_dpo_weights": "_sequences",
     "linear_dpo_loss": "linear",
     "linear_plan": "linear",
     "linear_sequence_logps": "linear",
     "linear_token_logps": "linear",
+    "packed_batch": "collate",
+    "padded_batch": "collate",
     "preference_loss": "losses",
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
@@ -43,11 +47,15 @@ __all__ = [
     "completion_targets",
     "dpo_loss",
     "get_num_threads",
+    "in_batch_negatives",
+    "in_batch_pairs",
     "ld_dpo_weights",
     "linear_dpo_loss",
     "linear_plan",
     "linear_sequence_logps",
     "linear_token_logps",
+    "packed_batch",
+    "padded_batch",
     "preference_loss",
     "selective_log_softmax",
     "sequence_logps",

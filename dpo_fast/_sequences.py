@@ -114,7 +114,7 @@ def ld_dpo_weights(
         pairs, cu_seqlens, ignore_index: as for `dpo_loss`.
 
     Returns:
-        Like targets, float32.
+        Like targets, float64.
 
     Raises:
         ValueError: ld_alpha outside [0, 1]; a sequence in several pairs whose shorter lengths differ.
@@ -140,4 +140,4 @@ def ld_dpo_weights(
                 "its log-prob is not one number; write such pairs out as sequences of their own"
             )
     tail = positions > spread_to_rows(shared, cu_seqlens, positions.shape)
-    return torch.where(tail, ld_alpha, 1.0)
+    return torch.ones(targets.shape, dtype=torch.float64, device=targets.device).masked_fill(tail, ld_alpha)

@@ -64,7 +64,9 @@ class DPOOutput(NamedTuple):
         chosen, rejected = self.chosen_rewards, self.rejected_rewards
         means = {"rewards/chosen": self._mean(0, chosen), "rewards/rejected": self._mean(1, rejected)}
         if not self.unpaired:
-            means["rewards/accuracies"] = 1.0 * (chosen > rejected).sum() / chosen.shape[0]
+            n_better = (chosen > rejected).sum()
+            n_better = n_better.to(chosen.dtype) if hasattr(n_better, "to") else n_better
+            means["rewards/accuracies"] = n_better / chosen.shape[0]
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         for k, name in enumerate(("chosen", "rejected")):
             means[f"logps/{name}"] = self._mean(k, self._side(k, self.logps))

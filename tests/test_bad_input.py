@@ -74,7 +74,7 @@ VALUES = [
     *both(ValueError, r"cu_seqlens must not decrease: cu_seqlens\[2\] = 2 follows 3", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(torch.tensor([0, 3, 2, 12])))),
     *both(ValueError, r"cu_seqlens\[0\] must be 0, found 1", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(torch.tensor([1, 12])))),
     *both(ValueError, r"cu_seqlens\[1\] must be the number of rows, 12, found 13", lambda m, a: m.sequence_logps(a(PACKED), a(Y.flatten()), cu_seqlens=a(torch.tensor([0, 13])))),
-    *both(ValueError, r"loss_type must be one of 'sigmoid', found 'hinge2'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="hinge2")),
+    *both(ValueError, r"loss_type must be one of 'sigmoid', 'hinge', .*, found 'hinge2'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="hinge2")),
     *both(ValueError, r"label_smoothing must be in \[0, 0.5\], found 0.6", lambda m, a: m.dpo_loss(a(X), a(Y), label_smoothing=0.6)),
     *both(ValueError, r"label_smoothing must be in \[0, 0.5\], found nan", lambda m, a: m.preference_loss(a(torch.ones(4)), label_smoothing=float("nan"))),
     *both(ValueError, r"beta must be finite, found nan", lambda m, a: m.dpo_loss(a(X), a(Y), beta=float("nan"))),
@@ -86,6 +86,46 @@ VALUES = [
     *both(ValueError, r"there are no pairs \(sequences: 0\)", lambda m, a: m.dpo_loss(a(X[:0]), a(Y[:0]))),
     *both(ValueError, r"there are no pairs \(sequences: 4\)", lambda m, a: m.dpo_loss(a(X), a(Y), pairs=a(torch.zeros(0, 2, dtype=torch.int64)))),
     *both(ValueError, r"there are no pairs", lambda m, a: m.preference_loss(a(torch.ones(0)))),
+    # parameters that none of the losses reads, or outside what it is defined on
+    *both(ValueError, r"label_smoothing is read by 'sigmoid', .* only, found 0.1 with loss_type 'hinge'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="hinge", label_smoothing=0.1)),
+    *both(ValueError, r"'exo_pair' needs label_smoothing in \(0, 0.5\]", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="exo_pair")),
+    *both(ValueError, r"'robust' needs label_smoothing in \[0, 0.5\)", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="robust", label_smoothing=0.5)),
+    *both(ValueError, r"'ipo' divide by beta: it must be positive, found 0", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="ipo", beta=0)),
+    *both(ValueError, r"'sppo_hard' divide by beta", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="sppo_hard", beta=-1)),
+    *both(ValueError, r"'ipo' are defined on sums over tokens: average must be False", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="ipo", average=True)),
+    *both(ValueError, r"'simpo' are defined on averages over tokens", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="simpo", average=False)),
+    *both(ValueError, r"'simpo' need average=True, 'ipo' need average=False", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["simpo", "ipo"])),
+    *both(ValueError, r"'cpo' have no reference", lambda m, a: m.dpo_loss(a(X), a(Y), a(torch.ones(4)), loss_type="cpo")),
+    *both(ValueError, r"f_divergence must be one of 'reverse_kl', .*found 'kl'", lambda m, a: m.dpo_loss(a(X), a(Y), f_divergence="kl")),
+    *both(ValueError, r"f_divergence 'forward_kl' is for .*found loss_type 'nca_pair'", lambda m, a: m.dpo_loss(a(X), a(Y), f_divergence="forward_kl", loss_type="nca_pair")),
+    *both(ValueError, r"f_divergence 'forward_kl' is for .*found loss_type 'sft'", lambda m, a: m.dpo_loss(a(X), a(Y), f_divergence="forward_kl", loss_type="sft")),
+    *both(ValueError, r"f_alpha_divergence_coef is read by 'alpha_divergence' only", lambda m, a: m.dpo_loss(a(X), a(Y), f_alpha_divergence_coef=0.5)),
+    *both(ValueError, r"discopop_tau is read by 'discopop' only, found loss_type 'sigmoid'", lambda m, a: m.dpo_loss(a(X), a(Y), discopop_tau=0.5)),
+    *both(ValueError, r"discopop_tau must be positive", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="discopop", discopop_tau=0)),
+    *both(ValueError, r"simpo_gamma is read by 'simpo' only", lambda m, a: m.dpo_loss(a(X), a(Y), simpo_gamma=0.5)),
+    *both(ValueError, r"desirable_weight is read by 'kto' only", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="bco", baseline=0.0, desirable_weight=2.0)),
+    *both(ValueError, r"baseline goes with 'kto' and 'bco'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto")),
+    *both(ValueError, r"baseline goes with 'kto' and 'bco'", lambda m, a: m.dpo_loss(a(X), a(Y), baseline=0.0)),
+    *both(ValueError, r"stand without others and without wpo, found 'kto', 'sigmoid'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["kto", "sigmoid"], baseline=0.0)),
+    *both(ValueError, r"take `desirable` \[S\], not pairs", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=0.0, pairs=a(torch.zeros(1, 2, dtype=torch.int64)))),
+    *both(ValueError, r"desirable is for losses of single completions", lambda m, a: m.dpo_loss(a(X), a(Y), desirable=a(torch.ones(4)))),
+    *both(ValueError, r"desirable must have shape \(4,\) with one truth value", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=0.0, desirable=a(torch.ones(3)))),
+    *both(ValueError, r"baseline must have shape \(\) as one number", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=a(torch.ones(3)))),
+    *both(ValueError, r"pair_weights must have shape \(2,\) with one number per pair, found \(4,\)", lambda m, a: m.dpo_loss(a(X), a(Y), pair_weights=a(torch.ones(4)))),
+    *both(ValueError, r"loss_weights must have one number per loss type, 2, found 1", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["sigmoid", "sft"], loss_weights=[1.0])),
+    *both(ValueError, r"loss_weights must be finite, found inf", lambda m, a: m.dpo_loss(a(X), a(Y), loss_weights=[float("inf")])),
+    *both(ValueError, r"loss_type must name 1 to 8 losses, found 0", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=[])),
+    *both(ValueError, r"wpo weighs the losses of pairs, which 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", wpo=True)),
+    *both(ValueError, r"ld_alpha must be in \[0, 1\], found 2", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=2)),
+    *both(ValueError, r"ld_alpha compares the completions of pairs", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=0.0, ld_alpha=0.5)),
+    *both(ValueError, r"'sft' beside averages over tokens takes no token_weights", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["simpo", "sft"], token_weights=a(torch.ones(4, 3)))),
+    *both(ValueError, r"num_pairs is for reduction 'mean', found 'sum'", lambda m, a: m.dpo_loss(a(X), a(Y), num_pairs=4, reduction="sum")),
+    *both(ValueError, r"num_pairs must be positive", lambda m, a: m.dpo_loss(a(X), a(Y), num_pairs=0)),
+    *both(ValueError, r"with num_pairs, 'sft' needs num_chosen_tokens", lambda m, a: m.dpo_loss(a(X), a(Y), num_pairs=4, loss_type="sft")),
+    *both(ValueError, r"num_chosen_tokens goes with num_pairs", lambda m, a: m.dpo_loss(a(X), a(Y), num_chosen_tokens=4, loss_type="sft")),
+    *both(ValueError, r"this loss needs lengths", lambda m, a: m.preference_loss(a(torch.ones(4)), loss_type="ipo")),
+    *both(ValueError, r"lengths must have shape \(4,\) with one number per sequence", lambda m, a: m.preference_loss(a(torch.ones(4)), loss_type="ipo", lengths=a(torch.ones(2)))),
+    *both(ValueError, r"a loss function must return", lambda m, a: m.preference_loss(a(torch.ones(4)), loss_type=lambda c, d, rc, rd: c[:1])),
 ]  # fmt: skip
 
 
@@ -225,8 +265,10 @@ def test_names_in_messages():
         dpo_fast.dpo_loss(X, Y, ref_logits=X.long())
     with pytest.raises(TypeError, match="index must be integers"):
         dpo_fast.selective_log_softmax(X, Y.float())
-    with pytest.raises(ValueError, match="loss_type must be one of 'sigmoid'"):
-        dpo_fast.dpo_loss(X, Y, loss_type=["sigmoid"])
+    with pytest.raises(ValueError, match="loss_type must be one of 'sigmoid'.*found 3"):
+        dpo_fast.dpo_loss(X, Y, loss_type=["sigmoid", 3])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gamma'"):
+        dpo_fast.dpo_loss(X, Y, gamma=1)
     with pytest.raises(ValueError, match="there are no pairs"):
         dpo_fast.numpy.dpo_loss(X.numpy(), Y.numpy(), pairs=np.zeros((0, 2)))
     with pytest.raises(TypeError, match="float"):

@@ -48,24 +48,35 @@ def test_against_reference(dtype, layout, options, inplace):
     weights = torch.rand(targets.shape)
     weights[weights < 0.2] = 0
     pairs, ref = random_pairs(case.n_seqs), torch.randn(case.n_seqs)
+    pair_weights = torch.rand(len(pairs))
     for average in (False, True):
-        *losses, seq, logps, stats, pair_grads = fallback.dpo_forward(
-            x, targets, ref, cu, weights, average, pairs, *options, *LOSS
-        )
+        loss = choose_loss(loss_type=["sigmoid", "apo_down"], label_smoothing=0.2, average=average)
+        out = fallback.dpo_forward(
+            x, targets, ref, cu, weights, average, pairs, pair_weights, None, *options, *loss.options, loss.divisor,
+            True, True, True, True,
+        )  # fmt: skip
+        *losses, seq, logps, stats, pair_grads, entropy, mean_logits, is_top1 = out
         shared = {
             "pairs": pairs.numpy(),
             "cu_seqlens": None if cu is None else cu.numpy(),
             "token_weights": weights.numpy(),
             "average": average,
             "label_smoothing": 0.2,
+            "loss_type": ["sigmoid", "apo_down"],
+            "pair_weights": pair_weights.numpy(),
+            "wpo": True,
             **names,
         }
+        tokens = reference.token_logps(arrays, targets.numpy(), token_weights=weights.numpy(), **names)
+        np.testing.assert_allclose(entropy.numpy(), tokens.entropy, atol=2e-5)
+        np.testing.assert_allclose(mean_logits.numpy(), tokens.mean_logits, atol=2e-5)
+        assert is_top1.tolist() == tokens.is_top1.tolist()
         exact = reference.dpo_loss(arrays, targets.numpy(), ref.numpy(), **shared)
         for found, value in zip((*losses, seq), exact[:5], strict=True):
             np.testing.assert_allclose(found.numpy(), value, atol=1e-4, rtol=1e-5)
         out = x.clone() if inplace else torch.empty(x.shape, dtype=dtype)
         fallback.dpo_backward_into(
-            out, out if inplace else x, targets, cu, weights, average, pairs, *options, True, logps, stats, pair_grads,
+            out, out if inplace else x, targets, cu, weights, average, pairs, *options, 0.0, logps, stats, pair_grads,
             torch.ones(()), None, None,
         )  # fmt: skip
         grad = reference.dpo_loss_grad(arrays, targets.numpy(), ref.numpy(), **shared)

@@ -62,3 +62,65 @@ def test_from_token_probabilities(path):
     assert float(out.chosen_rewards[0]) == pytest.approx(np.log(0.2) - np.log(0.18))
     assert margin(out) == pytest.approx(-0.39464, abs=5e-6)
     assert float(out.loss) == pytest.approx(np.log1p(np.exp(0.39464)), abs=5e-6)
+
+
+# One pair at each margin: r = 0 gives log 2; r = 1.2 gives 0.2633; r = 0.8 has slope -0.31003; r = -0.39464.
+MARGINS = torch.tensor([0.0, 1.2, 0.8, -0.39464], dtype=torch.float64)
+LOSSES = torch.tensor([0.693147, 0.263282, 0.371101, 0.909810], dtype=torch.float64)
+SLOPES = torch.tensor([-0.5, -0.231475, -0.310026, -0.597399], dtype=torch.float64)
+
+
+def two_tokens(logp):
+    """Logits over 3 entries that give target 0 half of the log-prob, so that two rows give all of it."""
+    p = torch.exp(torch.as_tensor(logp, dtype=torch.float64) / 2)
+    rest = (1 - p) / 2
+    return torch.stack([p, rest, rest], -1).log()
+
+
+@pytest.mark.parametrize("layout", ["halves", "interleaved", "packed", "one against several", "shared prompt"])
+@pytest.mark.parametrize("level", ["logits", "hidden"])
+def test_every_layout(layout, level):
+    """Rejected completions have log-prob -3, chosen ones -3 + r (policy), without reference: margin r."""
+    n = len(MARGINS)
+    chosen, rejected = two_tokens(-3 + MARGINS), two_tokens(torch.full((n,), -3.0))  # [n, 3], for each of two rows
+    rows = {"halves": torch.cat([chosen, rejected])}
+    rows["interleaved"] = torch.stack([chosen, rejected], 1).reshape(2 * n, 3)
+    rows["packed"] = rows["halves"]
+    rows["one against several"] = torch.cat([chosen, rejected[:1]])
+    rows["shared prompt"] = rows["interleaved"]
+    x = rows[layout].unsqueeze(1).repeat(1, 2, 1)  # [S, 2, 3]
+    S = x.shape[0]
+    targets = torch.zeros(S, 2, dtype=torch.int64)
+    more = {}
+    if layout in ("interleaved", "shared prompt"):
+        more["pairs"] = torch.arange(S).reshape(-1, 2)
+    if layout == "one against several":
+        more["pairs"] = torch.tensor([[c, n] for c in range(n)])
+    if layout == "packed":
+        x, targets = x.reshape(-1, 3), targets.reshape(-1)
+        more["cu_seqlens"] = torch.arange(S + 1) * 2
+    if layout == "shared prompt":  # a prompt row before each pair, in the first one's bounds, that predicts nothing
+        x = torch.cat([torch.randn(n, 1, 3, dtype=torch.float64), x.reshape(n, 4, 3)], 1).reshape(-1, 3)
+        targets = torch.tensor([-100, 0, 0, 0, 0] * n)
+        more["cu_seqlens"] = torch.tensor([0, *(5 * i + k for i in range(n) for k in (3, 5))])
+    x = x.clone().requires_grad_()
+    if level == "logits":
+        out = dpo_fast.dpo_loss(x, targets, beta=1.0, reduction="sum", **more)
+    else:
+        out = dpo_fast.linear_dpo_loss(x, torch.eye(3).double(), targets, beta=1.0, reduction="sum", **more)
+    torch.testing.assert_close(out.losses, LOSSES, rtol=0, atol=1e-6)
+    (slopes,) = torch.autograd.grad(out.loss, out.logps, retain_graph=True, allow_unused=True)
+    assert slopes is None  # logps are an output, not an intermediate: their slope is seen from the pairs
+    logps = out.logps.detach().requires_grad_()
+    alone = dpo_fast.preference_loss(logps, beta=1.0, reduction="sum", pairs=more.get("pairs"))
+    alone.loss.backward()
+    first = range(n) if "pairs" not in more else more["pairs"][:, 0].tolist()
+    torch.testing.assert_close(logps.grad[list(first)], SLOPES, rtol=0, atol=1e-6)
+    out.loss.backward()
+    # dloss/dz at a target is slope * (1 - p), in each row of the sequence
+    p = torch.exp((-3 + MARGINS) / 2)
+    at_targets = x.grad.reshape(-1, 3)[:, 0]
+    starts = {"halves": 2 * torch.arange(n), "packed": 2 * torch.arange(n), "interleaved": 4 * torch.arange(n)}
+    starts |= {"one against several": 2 * torch.arange(n), "shared prompt": 5 * torch.arange(n) + 1}
+    for k in (0, 1):
+        torch.testing.assert_close(at_targets[starts[layout] + k], SLOPES * (1 - p), rtol=0, atol=1e-6)
