@@ -31,6 +31,7 @@ def dpo_forward(
     loss_spec: _Tuple,
     threads: int,
     wpo: bool,
+    float_sums: bool,
     ref_logps: int,
     logps: int,
     stats: int,

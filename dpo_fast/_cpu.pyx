@@ -580,13 +580,14 @@ def sequence_forward(
 
 
 def dpo_forward(
-    tuple rows, tuple seqs, tuple pairs_spec, tuple loss_spec, int threads, bint wpo, uintptr_t ref_logps,
+    tuple rows, tuple seqs, tuple pairs_spec, tuple loss_spec, int threads, bint wpo, bint float_sums,
+    uintptr_t ref_logps,
     uintptr_t logps, uintptr_t stats, uintptr_t entropy, uintptr_t mean_logits, uintptr_t is_top1,
     uintptr_t log_sum_sq_probs, uintptr_t seq_logps, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards,
     uintptr_t rejected_rewards, uintptr_t pair_grads,
 ):
     """Fills logps [rows], stats [rows, 2], the other statistics of tokens [rows] that are not 0 (with wpo,
-    log_sum_sq_probs has to be there), seq_logps [n_seqs], loss [], losses and rewards [n_pairs] and pair_grads
+    log_sum_sq_probs has to be there; with float_sums, sums are rounded to float32 as ref_logps were), seq_logps [n_seqs], loss [], losses and rewards [n_pairs] and pair_grads
     [n_pairs, 2] (float64): the derivatives of each pair's loss with respect to its two log-probs."""
     cdef Rows r = make_rows(rows)
     cdef Sequences q = make_seqs(seqs, &r)
@@ -606,6 +607,8 @@ def dpo_forward(
         sums = <double*>allocate(q.n_seqs, sizeof(double))
         sum_sequences(&r, &q, out.logps, sums)
         for s in range(q.n_seqs):
+            if float_sums:
+                sums[s] = <float>sums[s]
             store_float(<void*>seq_logps, s, sums[s], r.wide)
         if any_term(&options, kLengths):
             lengths = <double*>allocate(q.n_seqs, sizeof(double))

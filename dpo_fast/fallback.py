@@ -279,6 +279,8 @@ def dpo_forward(
         extras[2] = extras[2].squeeze(-1)
     factors = token_factors(kept, token_weights, cu_seqlens, average, torch.float64)
     sums = sum_by_sequence(logps.double() * factors, cu_seqlens)
+    if ref_logps is not None and ref_logps.dtype is not torch.float64 and logits.dtype is not torch.float64:
+        sums = sums.float().double()  # as the reference's were rounded
     if wpo:
         weights = wpo_weights(logps, extras[3], kept, cu_seqlens)
         chosen, rejected = _pair_index(sums.shape[0], pairs, logits.device)

@@ -31,6 +31,7 @@ from dpo_fast._head import (
 )
 from dpo_fast._loss_options import LossKeywords, LossOptions, LossType, choose_loss
 from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors
+from dpo_fast._zero3 import gathered
 from dpo_fast.logps import check_no_grad
 from dpo_fast.losses import (
     check_loss_outputs,
@@ -109,10 +110,11 @@ class _LinearTokenLogps(torch.autograd.Function):
         needs = ctx.needs_input_grad[:5]
         # the kept logits are written over: a second backward makes them again
         buffer, ctx.buffer = ctx.buffer, None
-        grads = torch.ops.dpo_fast.linear_token_backward(
-            hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, entropy,
-            buffer, grad_logps, grad_entropy, ctx.budget, ctx.compact, *needs,
-        )  # fmt: skip
+        with gathered(weight, bias, lora_a, lora_b):
+            grads = torch.ops.dpo_fast.linear_token_backward(
+                hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, entropy,
+                buffer, grad_logps, grad_entropy, ctx.budget, ctx.compact, *needs,
+            )  # fmt: skip
         return (*_optional(grads, needs), *(None,) * 7)
 
 
@@ -188,10 +190,11 @@ class _LinearDPOLoss(torch.autograd.Function):
         factors = token_factors(kept, token_weights, cu_seqlens, ctx.average, logps.dtype)
         grad_logps = factors * spread_to_rows(g, cu_seqlens, factors.shape)
         targets = targets.masked_fill(~kept, ctx.options.ignore_index)
-        out = torch.ops.dpo_fast.linear_token_backward(
-            hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, None, None,
-            grad_logps, None, ctx.budget, ctx.compact, *needs,
-        )  # fmt: skip
+        with gathered(weight, bias, lora_a, lora_b):
+            out = torch.ops.dpo_fast.linear_token_backward(
+                hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, None,
+                None, grad_logps, None, ctx.budget, ctx.compact, *needs,
+            )  # fmt: skip
         return (*_optional(out, needs), *(None,) * 16)
 
 
@@ -265,11 +268,12 @@ def linear_token_logps(
     """
     check_token_outputs(outputs)
     options = logit_options(ignore_index, temperature, logit_scale, softcap)
-    head = _prepare(hidden, weight, bias, lora)
     budget = default_budget(hidden.device, memory_budget)
     want = tuple(name in outputs for name in TOKEN_OUTPUTS[1:])
-    keep = _any_requires_grad(*head)
-    logps, *extras = _LinearTokenLogps.apply(*head, targets, options, want, budget, compact, keep)
+    with gathered(weight, bias, *(lora or ())):
+        head = _prepare(hidden, weight, bias, lora)
+        keep = _any_requires_grad(*head)
+        logps, *extras = _LinearTokenLogps.apply(*head, targets, options, want, budget, compact, keep)
     return TokenOutput(
         logps if "logps" in outputs else None,
         *(value if wanted else None for value, wanted in zip(extras, want, strict=True)),
@@ -303,24 +307,46 @@ def linear_sequence_logps(
     Raises:
         ValueError, TypeError, IndexError: as these.
     """
-    check_no_grad("token_weights", token_weights)
-    ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
-    kept = kept_rows(targets, ignore_index, token_weights)
-    logps = linear_token_logps(
+    logps, sums = _linear_sequence_sums(
         hidden,
         weight,
-        targets.masked_fill(~kept, ignore_index),
+        targets,
         bias,
         lora=lora,
+        cu_seqlens=cu_seqlens,
+        token_weights=token_weights,
+        average=average,
         ignore_index=ignore_index,
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
         memory_budget=memory_budget,
         compact=compact,
+    )
+    return sums.to(logps.dtype)
+
+
+def _linear_sequence_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    average: bool,
+    ignore_index: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Token log-probs and their sums over sequences, these in float64."""
+    check_no_grad("token_weights", token_weights)
+    ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
+    kept = kept_rows(targets, ignore_index, token_weights)
+    logps = linear_token_logps(
+        hidden, weight, targets.masked_fill(~kept, ignore_index), bias, ignore_index=ignore_index, **options
     ).logps
     factors = token_factors(kept, token_weights, cu_seqlens, average, torch.float64)
-    return sum_by_sequence(logps.double() * factors, cu_seqlens).to(logps.dtype)
+    return logps, sum_by_sequence(logps.double() * factors, cu_seqlens)
 
 
 def linear_dpo_loss(
@@ -400,7 +426,8 @@ def linear_dpo_loss(
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_hidden exclude each other: give one of them")
         with torch.no_grad():
-            ref_logps = linear_sequence_logps(
+            # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
+            _, ref_logps = _linear_sequence_sums(
                 ref_hidden,
                 weight if ref_weight is None else ref_weight,
                 targets,
@@ -415,31 +442,32 @@ def linear_dpo_loss(
                 memory_budget=memory_budget,
                 compact=compact,
             )
-    head = _prepare(hidden, weight, bias, lora)
     budget = default_budget(hidden.device, memory_budget)
-    grad = torch.is_grad_enabled()
-    needs = tuple(grad and isinstance(t, Tensor) and t.requires_grad for t in head[:5])
-    if ref_logps is not None:
-        ref_logps = ref_logps.detach()
-    reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = _LinearDPOLoss.apply(
-        *head,
-        targets,
-        ref_logps,
-        cu_seqlens,
-        weights,
-        pairs,
-        pair_weights,
-        number_tensor(baseline, hidden),
-        logit_opts,
-        loss.options,
-        loss.divisor,
-        wpo,
-        want,
-        budget,
-        compact,
-        # gradients of "none" and of losses that couple the batch are made in backward
-        needs if reduction != "none" and not loss.coupled else (False,) * 5,
-    )
+    with gathered(weight, bias, *(lora or ())):
+        head = _prepare(hidden, weight, bias, lora)
+        grad = torch.is_grad_enabled()
+        needs = tuple(grad and isinstance(t, Tensor) and t.requires_grad for t in head[:5])
+        if ref_logps is not None:
+            ref_logps = ref_logps.detach()
+        reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = _LinearDPOLoss.apply(
+            *head,
+            targets,
+            ref_logps,
+            cu_seqlens,
+            weights,
+            pairs,
+            pair_weights,
+            number_tensor(baseline, hidden),
+            logit_opts,
+            loss.options,
+            loss.divisor,
+            wpo,
+            want,
+            budget,
+            compact,
+            # gradients of "none" and of losses that couple the batch are made in backward
+            needs if reduction != "none" and not loss.coupled else (False,) * 5,
+        )
     out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
     out = with_tokens(out, outputs, tokens, targets, ignore_index, weights, cu_seqlens)
     return with_coupled_terms(out, loss, ref_logps, pair_weights, reduction)

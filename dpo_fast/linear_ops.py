@@ -432,7 +432,7 @@ def _linear_dpo_forward(
     buffer = hidden.new_empty((min(fit, max(batch.sizes)), V))
     n_tiles = sum(math.ceil(size / fit) for size in batch.sizes)
     grads = HeadGrads(head, x, args.needs, n_tiles, _early_grad_type(hidden))
-    one = torch.ones((), dtype=wide, device=hidden.device)
+    one = torch.ones((), dtype=torch.float64, device=hidden.device)
     for group, size in zip(batch.groups, batch.sizes, strict=True):
         seqs = group[0]
         rows = batch.rows(seqs)
@@ -447,8 +447,10 @@ def _linear_dpo_forward(
         counts = torch.tensor([batch.counts[s] for s in seqs], device=hidden.device)
         weighted = logps[rows].double() * batch.factors[rows]
         # a row that is not dropped but ignored has log-prob 0
-        values = torch.segment_reduce(weighted, "sum", lengths=counts, initial=0).to(wide)
-        seq_logps[torch.tensor(seqs, device=hidden.device)] = values
+        values = torch.segment_reduce(weighted, "sum", lengths=counts, initial=0)
+        if ops.rounds_sums(hidden, args.ref_logps):
+            values = values.float().double()
+        seq_logps[torch.tensor(seqs, device=hidden.device)] = values.to(wide)
         if not group[1]:
             continue
         seq_weights = None
@@ -458,7 +460,7 @@ def _linear_dpo_forward(
             seq_weights = wpo_weights(logps[rows], flat[5][rows], counted, cu_seqlens)
         numbers, local_pairs, found = _group_losses(args, loss, batch, group, values, seq_weights)
         for out, value in zip((losses, chosen_rewards, rejected_rewards, pair_grads), found[1:], strict=True):
-            out[numbers] = value
+            out[numbers] = value.to(out.dtype)
         if not any(args.needs):
             continue
         g = torch.ops.dpo_fast.preference_backward(values, local_pairs, 1.0, found[4], one, None)

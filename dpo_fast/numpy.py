@@ -334,6 +334,8 @@ class _PairLosses:
     ) -> None:
         self.chosen_loss, self.reduction = loss, reduction
         self.pairs = self._pairs(loss, n_seqs, pairs, desirable)
+        # rounded sums of the policy for a rounded reference: equal models give rewards of exactly 0
+        self.float_sums = wide == np.float32 and getattr(ref_logps, "dtype", None) in (np.float32, np.float16)
         self.ref_logps = _floats_or_none(
             "ref_logps", ref_logps, np.float64, (n_seqs,), "with one log-prob per sequence"
         )
@@ -511,6 +513,7 @@ def dpo_loss(
         tuple(loss.options),
         get_num_threads(),
         wpo,
+        out.float_sums,
         _address(out.ref_logps),
         _address(saved[0]),
         _address(saved[1]),

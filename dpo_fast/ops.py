@@ -145,6 +145,14 @@ def check_sequences(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, 
     return check_sequence_arguments(logits, targets, cu_seqlens, token_weights)
 
 
+def rounds_sums(logits: Tensor, ref_logps: Tensor | None) -> bool:
+    """Whether sequence log-probs are rounded to float32 before the reference's are taken from them.
+
+    As these were: equal models then give rewards of exactly 0. With float64 references nothing is rounded.
+    """
+    return ref_logps is not None and ref_logps.dtype is not torch.float64 and logits.dtype is not torch.float64
+
+
 def check_pairs(
     like: Tensor,
     n_seqs: int,
@@ -488,6 +496,7 @@ def _dpo_forward(
         tuple(loss_options),
         torch.get_num_threads(),
         wpo,
+        rounds_sums(logits, ref_logps),
         call.doubles(ref_logps),
         logps.data_ptr(),
         stats.data_ptr(),

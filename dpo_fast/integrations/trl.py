@@ -86,8 +86,8 @@ def _scores_no_padding(device: torch.device) -> bool:
     return True
 
 
-def check_trl() -> ModuleType:
-    """The module that holds the seam.
+def check_trl(installed: bool = False) -> ModuleType:
+    """The module that holds the seam; `installed`: it may already be in effect.
 
     Raises:
         ImportError: TRL is not installed.
@@ -104,6 +104,8 @@ def check_trl() -> ModuleType:
         )
     function = getattr(utils, "_ChunkedLogProbFunction", None)
     if isinstance(function, ChunkedLogProbs):
+        if installed:
+            return utils
         raise RuntimeError("use_dpo_fast is already in effect: restore it first")
     found = tuple(inspect.signature(function.forward).parameters)[1:] if function is not None else ()
     if found != _ARGUMENTS or not hasattr(utils, "_use_triton"):
@@ -117,8 +119,13 @@ class UseDpoFast:
     def __init__(self, memory_budget: int | None) -> None:
         self._utils: ModuleType | None = check_trl()
         self._before = (self._utils._ChunkedLogProbFunction, self._utils._use_triton)
-        self._utils._ChunkedLogProbFunction = ChunkedLogProbs(memory_budget)  # type: ignore[attr-defined]
-        self._utils._use_triton = _scores_no_padding  # type: ignore[attr-defined]
+        self.put(self._utils, ChunkedLogProbs(memory_budget))
+
+    @staticmethod
+    def put(utils: ModuleType, function: ChunkedLogProbs) -> None:
+        """Puts a function in the place of TRL's own."""
+        utils._ChunkedLogProbFunction = function  # type: ignore[attr-defined]
+        utils._use_triton = _scores_no_padding  # type: ignore[attr-defined]
 
     def restore(self) -> None:
         """Gives TRL its own function back. Once is enough; more does nothing."""
