@@ -293,14 +293,19 @@ DPO_FAST_HD PairLoss cpo_loss(const Pair& p, const LossOptions& o) {
 // computing log(1 - exp(-|a|))").
 DPO_FAST_HD double log1mexp(double x) { return x > -0.6931471805599453 ? log(-expm1(x)) : log1p(-exp(x)); }
 
+// log(p / (1 - p)) at log p = x. Certain completions (empty ones, and those that rounding makes so) would have infinite
+// odds: flat above exp(-1e-12).
+DPO_FAST_HD Curve log_odds(double x) {
+  if (x > -1e-12) return Curve{-1e-12 - log1mexp(-1e-12), 0};
+  return Curve{x - log1mexp(x), -1 / expm1(x)};
+}
+
 // ORPO (Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7): averages over tokens, beta is the paper's lambda.
 DPO_FAST_HD PairLoss orpo_loss(const Pair& p, const LossOptions& o) {
-  const double c = p.chosen.logp, d = p.rejected.logp;
-  const double log_odds = c - d - (log1mexp(c) - log1mexp(d));
-  const Curve curve = smoothed_logistic(log_odds, 0);
-  // d/dx (x - log(1 - exp(x))) = 1 / (1 - exp(x))
-  return PairLoss{o.beta * curve.value - c, o.beta * vanishing(curve.slope, -1 / expm1(c)) - 1,
-                  -o.beta * vanishing(curve.slope, -1 / expm1(d))};
+  const Curve c = log_odds(p.chosen.logp), d = log_odds(p.rejected.logp);
+  const Curve curve = smoothed_logistic(c.value - d.value, 0);
+  return PairLoss{o.beta * curve.value - p.chosen.logp, o.beta * vanishing(curve.slope, c.slope) - 1,
+                  -o.beta * vanishing(curve.slope, d.slope)};
 }
 
 // KTO (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8)

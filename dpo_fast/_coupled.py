@@ -64,6 +64,8 @@ def coupled_losses(
     """
     wide = logps.double()
     ref = torch.zeros_like(wide) if ref_logps is None else ref_logps.double()
+    if any(callable(term) for term, _ in terms):  # which may work in place
+        wide, ref = wide.clone(), ref.clone()
     chosen, rejected = sides(wide, n_pairs, pairs)
     ref_chosen, ref_rejected = sides(ref, n_pairs, pairs)
     total = torch.zeros_like(chosen)
@@ -72,8 +74,8 @@ def coupled_losses(
             losses = _FUNCTIONS[term](chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
         else:
             losses = term(chosen, rejected, ref_chosen, ref_rejected)
-            if not isinstance(losses, Tensor) or losses.shape != (n_pairs,):
-                found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses)
+            if not isinstance(losses, Tensor) or losses.shape != (n_pairs,) or not losses.is_floating_point():
+                found = (tuple(losses.shape), losses.dtype) if isinstance(losses, Tensor) else type(losses)
                 raise ValueError(f"a loss function must return one number per pair, [{n_pairs}], found {found}")
         total = total + weight * losses
     return total

@@ -46,7 +46,7 @@ def _term(
         d_rejected[other] = -beta * slope * cotangent
         return losses, d_chosen, d_rejected
     found = term(*values)
-    losses, *derivatives = found if isinstance(found, tuple) else (found,)
+    losses, *derivatives = (np.asarray(a) for a in (found if isinstance(found, tuple) else (found,)))
     if len(derivatives) not in (0, 2) or any(np.shape(a) != cotangent.shape for a in (losses, *derivatives)):
         raise ValueError(
             f"a loss function must return [{len(cotangent)}] losses, or (losses, derivatives by the chosen log-probs, "

@@ -81,7 +81,7 @@ cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
 
 
 cdef extern from "preference_loss.h" namespace "dpo_fast" nogil:
-    const int kMaxLossTerms, kLossTypes, kUnpaired, kLengths
+    const int kMaxLossTerms, kLossTypes, kDivergences, kUnpaired, kLengths
 
     cdef struct LossOptions:
         int n_terms
@@ -262,6 +262,8 @@ cdef LossOptions make_loss(tuple spec, const Pairs* pairs) except *:
      options.tokens_per_pair, options.average) = spec
     if len(types) > kMaxLossTerms or len(types) != len(weights):
         raise ValueError(f"a loss has up to {kMaxLossTerms} terms with a weight each, found {types} and {weights}")
+    if not 0 <= options.divergence < kDivergences:
+        raise ValueError(f"there is no divergence number {options.divergence}")
     options.n_terms = len(types)
     for i in range(options.n_terms):
         options.types[i] = types[i]
@@ -480,7 +482,8 @@ cdef double chosen_tokens(const Pairs* pairs, const double* lengths) noexcept no
     cdef int64_t p
     cdef double total = 0
     for p in range(pairs.n_pairs):
-        total += lengths[chosen_of(pairs, p)]
+        if chosen_of(pairs, p) >= 0:
+            total += lengths[chosen_of(pairs, p)]
     return total
 
 
@@ -503,8 +506,10 @@ cdef void pair_losses(
         pair.rejected = side_of(d, logps, ref_logps, lengths)
         result = pair_loss(pair, options)
         weight = pairs.weights[p] if pairs.weights != NULL else 1
-        if seq_weights != NULL:
+        if seq_weights != NULL and c >= 0 and d >= 0:
             weight *= seq_weights[c] * seq_weights[d]
+        if weight == 0:  # switched off, also where its loss is infinite
+            result.loss = result.d_chosen = result.d_rejected = 0
         total += weight * result.loss
         store_float(losses, p, weight * result.loss, wide)
         store_float(chosen_rewards, p, options.beta * pair.chosen.ratio if c >= 0 else NAN, wide)

@@ -71,6 +71,7 @@ class Loss(NamedTuple):
     coupled: tuple[tuple[str | LossFunction, float], ...]  # terms of _coupled.py, with their weights
     flags: int  # of all terms together
     divisor: float  # of the sum over pairs; 0: their number
+    num_pairs: float | None  # what the sum is divided by after that
 
     @property
     def average(self) -> bool:
@@ -83,7 +84,7 @@ class Loss(NamedTuple):
         return bool(self.flags & LossFlags.UNPAIRED)
 
     def check_lengths(self, given: bool) -> None:
-        """Raises ValueError where a term reads lengths that are not there, or none reads them."""
+        """Raises ValueError where a term reads lengths that are not there."""
         if bool(self.flags & LossFlags.LENGTHS) and not given:
             raise ValueError("this loss needs lengths, the number of tokens of each sequence")
 
@@ -99,7 +100,8 @@ class LossKeywords(TypedDict, total=False):
     desirable_weight, undesirable_weight: of "kto", by default 1.
     num_pairs: what the sum of the losses is divided by for reduction "mean", instead of the number of pairs here: the
         pairs of all microbatches, over the number of data-parallel ranks that average their gradients.
-    num_chosen_tokens: the same for the tokens of "sft", needed beside num_pairs.
+    num_chosen_tokens: the same for the tokens of "sft", needed beside num_pairs; the tokens of a chosen completion
+        count once for each of its pairs.
     """
 
     loss_weights: Sequence[float] | None
@@ -114,7 +116,7 @@ class LossKeywords(TypedDict, total=False):
 
 
 def _listed(names: Sequence[Any]) -> str:
-    return ", ".join(map(repr, names))
+    return ", ".join("your own function" if callable(name) else repr(name) for name in names)
 
 
 def _finite(name: str, value: float) -> float:
@@ -133,6 +135,8 @@ def _terms(
     loss_type: LossType, loss_weights: Sequence[float] | None
 ) -> tuple[list[str | LossFunction], list[float], list[int]]:
     single = isinstance(loss_type, str) or callable(loss_type)
+    if not single and not isinstance(loss_type, Sequence):
+        raise ValueError(f"loss_type must be one of {_listed(LOSS_TYPES)}, a function or a list, found {loss_type!r}")
     types: list[Any] = [loss_type] if single else list(loss_type)  # type: ignore[arg-type]
     if not 0 < len(types) <= MAX_TERMS:
         raise ValueError(f"loss_type must name 1 to {MAX_TERMS} losses, found {len(types)}")
@@ -146,6 +150,8 @@ def _terms(
             flags.append(COUPLED_LOSSES[name])
         else:
             raise ValueError(f"loss_type must be one of {_listed(LOSS_TYPES)}, or a function, found {name!r}")
+    if loss_weights is not None and not isinstance(loss_weights, Sequence):
+        raise ValueError(f"loss_weights must be a list of {len(types)} numbers, found {loss_weights!r}")
     weights = [1.0] * len(types) if loss_weights is None else [_finite("loss_weights", w) for w in loss_weights]
     if len(weights) != len(types):
         raise ValueError(f"loss_weights must have one number per loss type, {len(types)}, found {len(weights)}")
@@ -215,6 +221,7 @@ def choose_loss(
     average: bool | None = None,
     reduction: str = "mean",
     with_reference: bool = False,
+    with_pair_weights: bool = False,
     with_baseline: bool = False,
     with_token_weights: bool = False,
     wpo: bool = False,
@@ -253,11 +260,15 @@ def choose_loss(
         raise ValueError(f"baseline goes with 'kto' and 'bco', which need it, found loss_type {_listed(types)}")
     is_coupled = [callable(t) or t in COUPLED_LOSSES for t in types]
     if wpo and any(is_coupled):
-        raise ValueError(f"wpo weighs the losses of pairs, which {_listed(types)} do not have one by one")
+        raise ValueError(f"wpo weighs the losses that stand in the kernels, not those of {_listed(types)}")
+    if with_pair_weights and any(t in COUPLED_LOSSES for t in types if isinstance(t, str)):
+        raise ValueError(f"pair_weights weigh the losses of pairs, which {_listed(types)} do not have one by one")
+    if divergence and not with_reference:
+        raise ValueError(f"f_divergence {f_divergence!r} is from a reference: ref_* must be given")
     if "sft" in types and average and with_token_weights:
         raise ValueError("'sft' beside averages over tokens takes no token_weights")
     tau = _parameter("discopop_tau", discopop_tau, 0.05, LossFlags.TAU, flags, types)
-    divisor, tokens_per_pair = _normalisation(reduction, num_pairs, num_chosen_tokens, "sft" in types)
+    divisor, total_pairs, tokens_per_pair = _normalisation(reduction, num_pairs, num_chosen_tokens, "sft" in types)
     options = LossOptions(
         types=tuple(PAIR_LOSSES[t][0] for t, c in zip(types, is_coupled, strict=True) if not c),  # type: ignore[index]
         weights=tuple(w for w, c in zip(weights, is_coupled, strict=True) if not c),
@@ -275,21 +286,26 @@ def choose_loss(
         average=average,
     )
     coupled = tuple((t, w) for t, w, c in zip(types, weights, is_coupled, strict=True) if c)
-    return Loss(options, coupled, flags, divisor)
+    return Loss(options, coupled, flags, divisor, total_pairs)
 
 
 def _normalisation(
     reduction: str, num_pairs: float | None, num_chosen_tokens: float | None, has_sft: bool
-) -> tuple[float, float]:
-    """What the sum over pairs is divided by (0: their number), and chosen tokens per pair (0: counted)."""
+) -> tuple[float, float | None, float]:
+    """Divisor of the sum over pairs (0: their number), num_pairs, and chosen tokens per pair (0: counted).
+
+    The division by num_pairs, which changes from step to step, stays outside the operators: a compiled graph takes
+    their options as constants.
+    """
     if num_pairs is None:
         if num_chosen_tokens is not None:
             raise ValueError("num_chosen_tokens goes with num_pairs")
-        return (0.0 if reduction == "mean" else 1.0), 0.0
+        return (0.0 if reduction == "mean" else 1.0), None, 0.0
     if reduction != "mean":
         raise ValueError(f"num_pairs is for reduction 'mean', found {reduction!r}")
     if has_sft != (num_chosen_tokens is not None):
         raise ValueError("with num_pairs, 'sft' needs num_chosen_tokens, and no other loss reads it")
-    divisor = _positive("num_pairs", num_pairs)
-    tokens = 0.0 if num_chosen_tokens is None else _positive("num_chosen_tokens", num_chosen_tokens)
-    return divisor, tokens / divisor
+    if not 0 < num_pairs < math.inf:
+        raise ValueError(f"num_pairs must be positive and finite, found {num_pairs}")
+    tokens = 0.0 if num_chosen_tokens is None else _positive("num_chosen_tokens", num_chosen_tokens) / num_pairs
+    return 1.0, num_pairs, tokens

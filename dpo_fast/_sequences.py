@@ -55,7 +55,8 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return values.sum(-1)
     values = values.reshape(-1)
-    check_cu_seqlens(cu_seqlens, values.shape[0])
+    if not torch.compiler.is_compiling():  # a compiled graph asks the operators, which check
+        check_cu_seqlens(cu_seqlens, values.shape[0])
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0)
 
 
@@ -121,6 +122,10 @@ def ld_dpo_weights(
     """
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], found {ld_alpha}")
+    if cu_seqlens is None and targets.dim() != 2:
+        raise ValueError(f"targets must have shape [S, T], or [N] with cu_seqlens, found {tuple(targets.shape)}")
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        check_cu_seqlens(cu_seqlens, targets.numel())
     kept = targets != ignore_index
     positions = _completion_positions(kept, cu_seqlens)
     lengths = sum_by_sequence(kept.double(), cu_seqlens).long()
@@ -128,13 +133,16 @@ def ld_dpo_weights(
         pair_count(lengths.shape[0], None)
         shared = torch.minimum(*lengths.chunk(2)).repeat(2)
     else:
-        check_pair_numbers(pairs, lengths.shape[0])
+        if not torch.compiler.is_compiling():  # there the operator that follows checks them
+            pair_count(lengths.shape[0], pairs.shape)
+            check_pair_numbers(pairs, lengths.shape[0])
         numbers = pairs.long()
         shorter = lengths[numbers].amin(-1, keepdim=True).expand(-1, 2).reshape(-1)
         index = numbers.reshape(-1)
         # a sequence in no pair keeps its own length
         shared = lengths.scatter_reduce(0, index, shorter, "amin", include_self=False)
-        if not torch.equal(shared, lengths.scatter_reduce(0, index, shorter, "amax", include_self=False)):
+        largest = lengths.scatter_reduce(0, index, shorter, "amax", include_self=False)
+        if not torch.compiler.is_compiling() and not torch.equal(shared, largest):
             raise ValueError(
                 "ld_alpha: a sequence is in several pairs whose shorter completions have different lengths, so that "
                 "its log-prob is not one number; write such pairs out as sequences of their own"

@@ -48,9 +48,20 @@ class _Sequence(NamedTuple):
     completion: list[int]
 
 
-def _several(ids: Sequence[Any]) -> list[Sequence[int]]:
+def _ids(ids: Any, where: str) -> list[int]:
+    """Token ids, from a list, an array or a tensor, as a list of integers."""
+    found: list[int] = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if any(not isinstance(i, int) for i in found):
+        raise TypeError(f"{where} must be token ids, found {found[:4]}...")
+    return found
+
+
+def _several(ids: Any, where: str) -> list[list[int]]:
     """One list of ids, or several, as several."""
-    return list(ids) if len(ids) and hasattr(ids[0], "__len__") else [ids]
+    found = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if found and (isinstance(found[0], Sequence) or hasattr(found[0], "tolist")):
+        return [_ids(one, where) for one in found]
+    return [_ids(found, where)]
 
 
 def _truncated(sequence: _Sequence, max_length: int | None, truncation: str, where: str) -> _Sequence:
@@ -81,11 +92,17 @@ def _sequences(
     rejected: list[_Sequence] = []
     pairs, owners = [], []
     for i, example in enumerate(examples):
-        prompt = list(example["prompt_ids"])
+        for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            if key not in example:
+                raise ValueError(f"example {i} has no {key}, only {', '.join(map(str, example))}")
+        prompt = _ids(example["prompt_ids"], f"prompt_ids of example {i}")
+        if not prompt:
+            raise ValueError(f"prompt_ids of example {i} is empty: nothing predicts the completions' first token")
         for key, into in (("chosen_ids", chosen), ("rejected_ids", rejected)):
-            for ids in _several(example[key]) if key == "rejected_ids" else [example[key]]:
-                where = f"{key} of example {i}"
-                into.append(_truncated(_Sequence(prompt, list(ids)), max_length, truncation, where))
+            where = f"{key} of example {i}"
+            several = _several(example[key], where) if key == "rejected_ids" else [_ids(example[key], where)]
+            for ids in several:
+                into.append(_truncated(_Sequence(prompt, ids), max_length, truncation, where))
                 if key == "rejected_ids":
                     pairs.append((i, len(examples) + len(rejected) - 1))
                     owners.append(i)
@@ -120,6 +137,8 @@ def padded_batch(
     Raises:
         ValueError: truncation leaves no token of a completion or of its prompt; no pairs.
     """
+    if pad_to_multiple_of < 1:
+        raise ValueError(f"pad_to_multiple_of must be at least 1, found {pad_to_multiple_of}")
     sequences, pairs, _ = _sequences(examples, max_length, truncation)
     length = max(len(s.prompt) + len(s.completion) for s in sequences)
     length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
@@ -239,8 +258,7 @@ def in_batch_negatives(
 
     Args:
         examples: with "prompt_ids" and "chosen_ids".
-        n_negatives: how many, drawn without repetition; never a completion equal to the chosen one or from an example
-            with the same prompt.
+        n_negatives: how many, drawn without repetition; never a completion that is a chosen one of the same prompt.
         generator: of the random draw.
 
     Returns:
@@ -249,16 +267,20 @@ def in_batch_negatives(
     Raises:
         ValueError: an example has too few others to draw from.
     """
+    if n_negatives < 1:
+        raise ValueError(f"n_negatives must be at least 1, found {n_negatives}")
+    prompts, answers = [], []
+    known: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for i, example in enumerate(examples):
+        prompts.append(tuple(_ids(example["prompt_ids"], f"prompt_ids of example {i}")))
+        answers.append(tuple(_ids(example["chosen_ids"], f"chosen_ids of example {i}")))
+        known.setdefault(prompts[-1], set()).add(answers[-1])
+    distinct = list(dict.fromkeys(answers))
     found = []
     for i, example in enumerate(examples):
-        others: list[list[int]] = []
-        for other in examples:
-            ids = list(other["chosen_ids"])
-            apart = list(other["prompt_ids"]) != list(example["prompt_ids"]) and ids != list(example["chosen_ids"])
-            if apart and ids not in others:
-                others.append(ids)
+        others = [ids for ids in distinct if ids not in known[prompts[i]]]
         if len(others) < n_negatives:
             raise ValueError(f"example {i} has {len(others)} completions of other prompts, {n_negatives} are wanted")
         drawn = torch.randperm(len(others), generator=generator)[:n_negatives].tolist()
-        found.append({**example, "rejected_ids": [others[k] for k in drawn]})
+        found.append({**example, "rejected_ids": [list(others[k]) for k in drawn]})
     return found

@@ -34,11 +34,12 @@ from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, toke
 from dpo_fast._zero3 import gathered
 from dpo_fast.logps import check_no_grad
 from dpo_fast.losses import (
+    baseline_tensor,
     check_loss_outputs,
+    check_tensors,
     loss_pairs,
-    number_tensor,
+    reduced_output,
     token_weights_of,
-    with_coupled_terms,
     with_tokens,
 )
 from dpo_fast.outputs import DPOOutput, TokenOutput
@@ -401,6 +402,10 @@ def linear_dpo_loss(
     Raises:
         ValueError, TypeError, IndexError: as `dpo_loss` and `linear_token_logps`.
     """
+    check_tensors(
+        hidden=hidden, weight=weight, targets=targets, ref_logps=ref_logps, ref_hidden=ref_hidden, pairs=pairs,
+        pair_weights=pair_weights, desirable=desirable, cu_seqlens=cu_seqlens, token_weights=token_weights,
+    )  # fmt: skip
     logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
     loss = choose_loss(
         loss_type=loss_type,
@@ -409,16 +414,19 @@ def linear_dpo_loss(
         average=average,
         reduction=reduction,
         with_reference=ref_logps is not None or ref_hidden is not None,
+        with_pair_weights=pair_weights is not None,
         with_baseline=baseline is not None,
         with_token_weights=token_weights is not None or ld_alpha is not None,
         wpo=wpo,
         **options,
     )
     want = check_loss_outputs(outputs)
-    if loss.unpaired or desirable is not None:
+    if loss.unpaired or desirable is not None or ld_alpha is not None:
         n_seqs = ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
         pairs = loss_pairs(loss, n_seqs, pairs, desirable, hidden.device)
-    weights = token_weights_of(loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, ignore_index)
+        ops.check_pairs(hidden, n_seqs, pairs)
+    looks_at_all = wpo or bool(outputs)
+    weights = token_weights_of(loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, ignore_index, looks_at_all)
     check_no_grad("pair_weights", pair_weights)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden")
@@ -457,7 +465,7 @@ def linear_dpo_loss(
             weights,
             pairs,
             pair_weights,
-            number_tensor(baseline, hidden),
+            baseline_tensor(baseline, hidden),
             logit_opts,
             loss.options,
             loss.divisor,
@@ -470,7 +478,7 @@ def linear_dpo_loss(
         )
     out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
     out = with_tokens(out, outputs, tokens, targets, ignore_index, weights, cu_seqlens)
-    return with_coupled_terms(out, loss, ref_logps, pair_weights, reduction)
+    return reduced_output(out, loss, ref_logps, pair_weights, reduction)
 
 
 __all__ = ["linear_dpo_loss", "linear_plan", "linear_sequence_logps", "linear_token_logps"]

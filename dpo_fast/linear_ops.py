@@ -337,6 +337,7 @@ class _Batch:
 
     def __init__(self, args: _Arguments, targets: Tensor, n_seqs: int, n_pairs: int, fit_rows: int) -> None:
         kept = kept_rows(targets, args.options.ignore_index, args.token_weights)
+        self.kept = kept
         factors = token_factors(kept, args.token_weights, args.cu_seqlens, args.average, torch.float64)
         self.factors = factors.reshape(-1)
         index = _kept_index(kept, args.compact)
@@ -427,6 +428,8 @@ def _linear_dpo_forward(
     x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     fit_rows = plan_rows(y.shape[0], V, hidden.dtype.itemsize, args.budget, False).buffer_rows
     batch = _Batch(args, targets, n_seqs, n_pairs, fit_rows)
+    if not args.compact:  # rows of weight 0 are there, and do not count
+        y = torch.where(batch.kept.reshape(-1), y, options.ignore_index)
     fit, loss = batch.fit, batch.loss(args)
     divisor = args.divisor or n_pairs
     buffer = hidden.new_empty((min(fit, max(batch.sizes)), V))

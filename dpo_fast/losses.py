@@ -9,6 +9,7 @@ _coupled.py, the checks of their options in _loss_options.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -109,11 +110,23 @@ class _PreferenceLoss(torch.autograd.Function):
 # --- what all levels share --------------------------------------------------------------------------------------------
 
 
-def number_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
+def baseline_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
     """A baseline as the operators take it: 0-d, float64, without gradient."""
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.detach().reshape(()) if value.numel() == 1 else value
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        check_no_grad("baseline", value)
+        return value.reshape(()) if value.numel() == 1 else value
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"baseline must be finite, found {value}")
     return torch.tensor(value, dtype=torch.float64, device=like.device)
+
+
+def check_tensors(**arguments: Any) -> None:
+    """Raises TypeError for arguments that are given and are not tensors."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
 
 
 def loss_pairs(
@@ -141,6 +154,10 @@ def loss_pairs(
     return torch.stack([torch.where(good, numbers, absent), torch.where(good, absent, numbers)], -1)
 
 
+# In place of an ld_alpha of 0 where tokens of weight 0 are still looked at: a weight of 0 would mark them as ignored.
+_TINY_WEIGHT = 1e-300
+
+
 def token_weights_of(
     loss: Loss,
     token_weights: Tensor | None,
@@ -149,18 +166,21 @@ def token_weights_of(
     pairs: Tensor | None,
     cu_seqlens: Tensor | None,
     ignore_index: int,
+    looks_at_all: bool,
 ) -> Tensor | None:
-    """The weights given, times those of LD-DPO."""
+    """The weights given, times those of LD-DPO; looks_at_all: WPO or statistics are over all tokens."""
     check_no_grad("token_weights", token_weights)
     if ld_alpha is None:
         return token_weights
     if loss.unpaired:
         raise ValueError("ld_alpha compares the completions of pairs: losses of single completions have none")
     weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    if ld_alpha == 0 and looks_at_all:
+        weights = weights.clamp(min=_TINY_WEIGHT)
     return weights if token_weights is None else weights * token_weights
 
 
-def with_coupled_terms(
+def reduced_output(
     out: DPOOutput, loss: Loss, ref_logps: Tensor | None, pair_weights: Tensor | None, reduction: str
 ) -> DPOOutput:
     """Adds the terms that couple the batch, and reduces anew."""
@@ -174,7 +194,9 @@ def with_coupled_terms(
             extra = extra * pair_weights.detach()
         losses = (out.losses.double() + extra).to(out.losses.dtype)
         out = out._replace(losses=losses, loss=losses.double().sum().to(losses.dtype) / (loss.divisor or n_pairs))
-    return out._replace(loss=out.losses) if reduction == "none" else out
+    if reduction == "none":
+        return out._replace(loss=out.losses)
+    return out if loss.num_pairs is None else out._replace(loss=out.loss / loss.num_pairs)
 
 
 def with_tokens(
@@ -280,6 +302,10 @@ def dpo_loss(
         TypeError: tensors of another type.
         IndexError: a target outside [0, V) that is not ignore_index, or a pair outside the sequences.
     """
+    check_tensors(
+        logits=logits, targets=targets, ref_logps=ref_logps, ref_logits=ref_logits, pairs=pairs, desirable=desirable,
+        pair_weights=pair_weights, cu_seqlens=cu_seqlens, token_weights=token_weights,
+    )  # fmt: skip
     logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
     loss = choose_loss(
         loss_type=loss_type,
@@ -288,16 +314,19 @@ def dpo_loss(
         average=average,
         reduction=reduction,
         with_reference=ref_logps is not None or ref_logits is not None,
+        with_pair_weights=pair_weights is not None,
         with_baseline=baseline is not None,
         with_token_weights=token_weights is not None or ld_alpha is not None,
         wpo=wpo,
         **options,
     )
     want = check_loss_outputs(outputs)
-    if loss.unpaired or desirable is not None:
+    if loss.unpaired or desirable is not None or ld_alpha is not None:
         n_seqs = ops.check_sequences(logits, targets, cu_seqlens, token_weights)
         pairs = loss_pairs(loss, n_seqs, pairs, desirable, logits.device)
-    weights = token_weights_of(loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, ignore_index)
+        ops.check_pairs(logits, n_seqs, pairs)
+    looks_at_all = wpo or bool(outputs)
+    weights = token_weights_of(loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, ignore_index, looks_at_all)
     check_no_grad("pair_weights", pair_weights)
     if ref_logits is not None:
         if ref_logps is not None:
@@ -317,7 +346,7 @@ def dpo_loss(
         weights,
         pairs,
         pair_weights,
-        number_tensor(baseline, logits),
+        baseline_tensor(baseline, logits),
         logit_opts,
         loss.options,
         loss.divisor,
@@ -327,7 +356,7 @@ def dpo_loss(
     )
     out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
     out = with_tokens(out, outputs, tokens, targets, ignore_index, weights, cu_seqlens)
-    return with_coupled_terms(out, loss, ref_logps, pair_weights, reduction)
+    return reduced_output(out, loss, ref_logps, pair_weights, reduction)
 
 
 def preference_loss(
@@ -351,7 +380,7 @@ def preference_loss(
     Args:
         logps: [S], log-probs of the policy; float32, float64, or a half type, which is converted to float32.
         ref_logps: [S], log-probs of the reference; never gets a gradient. None: reference-free.
-        lengths: [S], number of tokens of each sequence; for "ipo", "sigmoid_norm" and "sft".
+        lengths: [S], number of tokens of each sequence; for "ipo", "sigmoid_norm" and "sft". No gradient.
         average: whether the given log-probs are averages over tokens; by default what the loss is defined on.
         all others: as for `dpo_loss`.
 
@@ -361,6 +390,9 @@ def preference_loss(
     Raises:
         ValueError, TypeError, IndexError: as `dpo_loss`; also for a loss that needs lengths without them.
     """
+    check_tensors(
+        logps=logps, ref_logps=ref_logps, pairs=pairs, pair_weights=pair_weights, desirable=desirable, lengths=lengths
+    )
     loss = choose_loss(
         loss_type=loss_type,
         beta=beta,
@@ -368,11 +400,15 @@ def preference_loss(
         average=average,
         reduction=reduction,
         with_reference=ref_logps is not None,
+        with_pair_weights=pair_weights is not None,
         with_baseline=baseline is not None,
         **options,
     )
     loss.check_lengths(lengths is not None)
     check_no_grad("pair_weights", pair_weights)
+    check_no_grad("lengths", lengths)
+    if logps.dim() != 1:
+        raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
     values = logps.float() if logps.dtype in (torch.bfloat16, torch.float16) else logps
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
@@ -384,9 +420,9 @@ def preference_loss(
         lengths,
         pairs,
         pair_weights,
-        number_tensor(baseline, values),
+        baseline_tensor(baseline, values),
         loss.options,
         loss.divisor,
     )
     out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, values, pairs, loss.unpaired)
-    return with_coupled_terms(out, loss, ref_logps, pair_weights, reduction)
+    return reduced_output(out, loss, ref_logps, pair_weights, reduction)

@@ -342,7 +342,9 @@ class _PairLosses:
         n_pairs = _checks.pair_count(n_seqs, None if self.pairs is None else self.pairs.shape)
         self.weights = _floats_or_none("pair_weights", pair_weights, np.float64, (n_pairs,), "with one number per pair")
         self.baseline = _floats_or_none("baseline", baseline, np.float64, (), "as one number")
-        self.divisor = loss.divisor or n_pairs
+        if self.baseline is not None and not np.isfinite(self.baseline):
+            raise ValueError(f"baseline must be finite, found {baseline}")
+        self.divisor = loss.num_pairs or loss.divisor or n_pairs
         self.pairs_spec = (
             _address(self.pairs),
             n_pairs,
@@ -420,15 +422,22 @@ def ld_dpo_weights(
     kept = _integers("targets", targets) != ignore_index
     rows = kept.reshape(-1)
     if cu_seqlens is None:
+        if kept.ndim != 2:
+            raise ValueError(f"targets must have shape [S, T], or [N] with cu_seqlens, found {kept.shape}")
         bounds = np.arange(kept.shape[0] + 1) * kept.shape[-1]
     else:
         bounds = _integers("cu_seqlens", cu_seqlens)
+        if bounds.ndim != 1 or not len(bounds) or bounds[0] or bounds[-1] != rows.size or (np.diff(bounds) < 0).any():
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {rows.size}, found {bounds.tolist()}")
     before = np.concatenate([[0], rows.cumsum()])
     lengths = before[bounds[1:]] - before[bounds[:-1]]
     if pairs is None:
         numbers = np.arange(2 * _checks.pair_count(len(lengths), None)).reshape(2, -1).T
     else:
         numbers = _integers("pairs", pairs)
+        _checks.pair_count(len(lengths), numbers.shape)
+        if numbers.min() < 0 or numbers.max() >= len(lengths):
+            raise IndexError(f"pairs must be in [0, {len(lengths)}), found {numbers.min()} to {numbers.max()}")
     shared = np.full(len(lengths), -1)
     for pair in numbers:
         shorter = lengths[pair].min()
@@ -484,6 +493,7 @@ def dpo_loss(
         average=average,
         reduction=reduction,
         with_reference=ref_logps is not None or ref_logits is not None,
+        with_pair_weights=pair_weights is not None,
         with_baseline=baseline is not None,
         with_token_weights=token_weights is not None or ld_alpha is not None,
         wpo=wpo,
@@ -493,7 +503,13 @@ def dpo_loss(
         if loss.unpaired:
             raise ValueError("ld_alpha compares the completions of pairs: losses of single completions have none")
         weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-        token_weights = weights if token_weights is None else weights * np.asarray(token_weights)
+        if ld_alpha == 0 and wpo:  # a weight of 0 would mark tokens as ignored that WPO looks at
+            weights = np.maximum(weights, 1e-300)
+        if token_weights is not None:
+            given = _floats("token_weights", token_weights, np.float64)
+            check_shape("token_weights", given.shape, weights.shape, "as targets have")
+            weights = weights * given
+        token_weights = weights
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
@@ -574,6 +590,7 @@ def preference_loss(
         average=average,
         reduction=reduction,
         with_reference=ref_logps is not None,
+        with_pair_weights=pair_weights is not None,
         with_baseline=baseline is not None,
         **options,
     )

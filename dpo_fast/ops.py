@@ -566,6 +566,9 @@ def _dpo_backward_into(
 
 def _check_pair_grads(n_pairs: int, pair_grads: Tensor, grad_loss: Tensor | None, grad_losses: Tensor | None) -> None:
     check_shape("pair_grads", pair_grads.shape, (n_pairs, 2), "with two derivatives per pair")
+    for name, grad in (("grad_loss", grad_loss), ("grad_losses", grad_losses)):
+        if grad is not None:
+            check_device(name, grad, pair_grads, "pair_grads")
     if grad_loss is not None:
         check_shape("grad_loss", grad_loss.shape, (), "as the reduced loss has")
     if grad_losses is not None:
@@ -635,6 +638,7 @@ def _preference_backward_fake(
 ) -> Tensor:
     _check_logps(logps)
     n_pairs = check_pairs(logps, logps.shape[0], pairs)
+    check_device("pair_grads", pair_grads, logps, "logps")
     _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
     return torch.empty_like(logps, memory_format=torch.contiguous_format)
 

@@ -49,54 +49,62 @@ class DPOOutput(NamedTuple):
         # as int64: a uint8 tensor as index would be a mask
         pairs = self.pairs.long() if hasattr(self.pairs, "long") else self.pairs
         found = values[pairs[:, k]]
-        return found * (pairs[:, k] >= 0) if self.unpaired else found
+        if self.unpaired:
+            found = found + 0  # a copy
+            found[pairs[:, k] < 0] = 0  # was the last sequence's
+        return found
 
-    def _mean(self, k: int, values: Any) -> Any:
-        """Mean over the pairs of a side's [P] values."""
-        if not self.unpaired:
-            return values.mean()
-        there = self.pairs[:, k] >= 0
-        values = values + 0  # a copy
-        values[~there] = 0  # was NaN
-        return values.sum() / there.sum()
-
-    def _means(self) -> dict[str, Any]:
-        chosen, rejected = self.chosen_rewards, self.rejected_rewards
-        means = {"rewards/chosen": self._mean(0, chosen), "rewards/rejected": self._mean(1, rejected)}
-        if not self.unpaired:
-            n_better = (chosen > rejected).sum()
-            n_better = n_better.to(chosen.dtype) if hasattr(n_better, "to") else n_better
-            means["rewards/accuracies"] = n_better / chosen.shape[0]
-        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    def _sums(self) -> dict[str, tuple[Any, Any]]:
+        """What the metrics are means of: sums, and what they are divided by."""
+        n_pairs = self.losses.shape[0]
+        found: dict[str, tuple[Any, Any]] = {}
         for k, name in enumerate(("chosen", "rejected")):
-            means[f"logps/{name}"] = self._mean(k, self._side(k, self.logps))
-        sums = self.token_sums
-        if sums is None:
-            return means
-        if "mean_logits" in sums:
-            for k, name in enumerate(("chosen", "rejected")):
-                means[f"logits/{name}"] = (
-                    self._side(k, sums["mean_logits"]).sum() / self._side(k, sums["lengths"]).sum()
-                )
+            rewards, n = (self.chosen_rewards, self.rejected_rewards)[k], n_pairs
+            if self.unpaired:
+                there = self.pairs[:, k] >= 0
+                rewards, n = rewards + 0, there.sum()  # a copy
+                rewards[~there] = 0  # was NaN
+            found[f"rewards/{name}"] = rewards.sum(), n
+            found[f"logps/{name}"] = self._side(k, self.logps).sum(), n
+        if not self.unpaired:
+            margins = self.chosen_rewards - self.rejected_rewards
+            found["rewards/margins"] = margins.sum(), n_pairs
+            found["rewards/accuracies"] = (self.chosen_rewards > self.rejected_rewards).sum(), n_pairs
+        sums = self.token_sums or {}
+        for k, name in enumerate(("chosen", "rejected")):
+            if "mean_logits" in sums:
+                n_tokens = self._side(k, sums["lengths"]).sum()
+                found[f"logits/{name}"] = self._side(k, sums["mean_logits"]).sum(), n_tokens
         if "entropy" in sums:
-            means["entropy"] = sums["entropy"].sum() / sums["lengths"].sum()
+            found["entropy"] = sums["entropy"].sum(), sums["lengths"].sum()
         if "is_top1" in sums:
-            means["mean_token_accuracy"] = self._side(0, sums["is_top1"]).sum() / self._side(0, sums["lengths"]).sum()
-        return means
+            found["mean_token_accuracy"] = self._side(0, sums["is_top1"]).sum(), self._side(0, sums["lengths"]).sum()
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Means under TRL's names; tensors reach the host in one transfer.
 
         rewards/* and logps/* are means over the pairs, accuracies the share of pairs whose chosen reward is strictly
-        larger (absent for losses of single completions). With the statistics of tokens asked for: logits/chosen and
-        logits/rejected, means of mean_logits over the tokens of these completions; entropy, in nats, over all tokens
-        that count; mean_token_accuracy, the share of the chosen completions' tokens that are the largest logit.
+        larger (absent for losses of single completions, as are the means over a side that is not there). With the
+        statistics of tokens asked for: logits/chosen and logits/rejected, means of mean_logits over the tokens of these
+        completions; entropy, in nats, over all tokens that count; mean_token_accuracy, the share of the chosen
+        completions' tokens that are the largest logit.
         """
-        means = self._means()
+        sums = self._sums()
+        parts = [part for pair in sums.values() for part in pair]
         if hasattr(self.losses, "detach"):
             import torch
 
-            values = torch.stack([mean.detach().to(self.losses.dtype) for mean in means.values()]).tolist()
-        else:
-            values = [float(mean) for mean in means.values()]
-        return dict(zip(means, values, strict=True))
+            like = self.losses.detach()
+            parts = [part.detach().to(like) if hasattr(part, "detach") else like.new_tensor(part) for part in parts]
+            parts = torch.stack(parts).tolist()
+        totals = dict(zip(sums, zip(map(float, parts[::2]), map(float, parts[1::2]), strict=True), strict=True))
+        # as TRL: 0 where no token counts; nothing for a side that is not there
+        means = {
+            name: total / n if n else 0.0
+            for name, (total, n) in totals.items()
+            if n or not name.startswith(("rewards/", "logps/"))
+        }
+        if self.unpaired and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means

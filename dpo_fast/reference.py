@@ -299,8 +299,8 @@ def pair_losses(name: str, c: PairSide, d: PairSide, beta: float, e: float, o: d
             y = beta * (c.logps - d.logps)
             return (1 - e) * softplus(-y) + (e * softplus(y) if e else 0) - c.logps
         case "orpo":
-            odds = c.logps - d.logps - (log1mexp(c.logps) - log1mexp(d.logps))
-            return beta * softplus(-odds) - c.logps
+            x, y = (np.where(np.real(side) > -1e-12, -1e-12, side) for side in (c.logps, d.logps))
+            return beta * softplus(-(x - y - (log1mexp(x) - log1mexp(y)))) - c.logps
         case "aot":
             margins = sort_by_real(c.logps - d.logps) - np.sort((c.logps - c.ratios - d.logps + d.ratios).real)
             return (1 - e) * softplus(-beta * margins) + e * softplus(beta * margins)

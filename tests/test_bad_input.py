@@ -115,7 +115,16 @@ VALUES = [
     *both(ValueError, r"loss_weights must have one number per loss type, 2, found 1", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["sigmoid", "sft"], loss_weights=[1.0])),
     *both(ValueError, r"loss_weights must be finite, found inf", lambda m, a: m.dpo_loss(a(X), a(Y), loss_weights=[float("inf")])),
     *both(ValueError, r"loss_type must name 1 to 8 losses, found 0", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=[])),
-    *both(ValueError, r"wpo weighs the losses of pairs, which 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", wpo=True)),
+    *both(ValueError, r"f_divergence 'forward_kl' is from a reference", lambda m, a: m.dpo_loss(a(X), a(Y), f_divergence="forward_kl")),
+    *both(ValueError, r"pair_weights weigh the losses of pairs, which 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", pair_weights=a(torch.ones(2)))),
+    *both(ValueError, r"token_weights must have shape \(4, 3\)", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=0.5, token_weights=a(torch.ones(3)))),
+    *both(ValueError, r"pairs must have shape \[P, 2\]", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=0.5, pairs=a(torch.ones(1, 3, dtype=torch.int64)))),
+    *both(IndexError, r"pairs.* \[0, 4\)", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=0.5, pairs=a(torch.tensor([[0, 9]])))),
+    *both(ValueError, r"baseline must be finite, found nan", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=float("nan"))),
+    *both(ValueError, r"loss_type must be one of .* or a list, found None", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=None)),
+    *both(ValueError, r"loss_weights must be a list of 1 numbers, found 0.5", lambda m, a: m.dpo_loss(a(X), a(Y), loss_weights=0.5)),
+    *both(ValueError, r"cu_seqlens must rise from 0", lambda m, a: m.dpo_loss(a(PACKED), a(Y.flatten()), ld_alpha=0.5, cu_seqlens=a(torch.tensor([0, 13, 12])))),
+    *both(ValueError, r"wpo weighs the losses that stand in the kernels, not those of 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", wpo=True)),
     *both(ValueError, r"ld_alpha must be in \[0, 1\], found 2", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=2)),
     *both(ValueError, r"ld_alpha compares the completions of pairs", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=0.0, ld_alpha=0.5)),
     *both(ValueError, r"'sft' beside averages over tokens takes no token_weights", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["simpo", "sft"], token_weights=a(torch.ones(4, 3)))),
@@ -267,6 +276,10 @@ def test_names_in_messages():
         dpo_fast.selective_log_softmax(X, Y.float())
     with pytest.raises(ValueError, match="loss_type must be one of 'sigmoid'.*found 3"):
         dpo_fast.dpo_loss(X, Y, loss_type=["sigmoid", 3])
+    with pytest.raises(TypeError, match="pairs must be a tensor, found list"):
+        dpo_fast.dpo_loss(X, Y, pairs=[[0, 1]])
+    with pytest.raises(ValueError, match="baseline gets no gradient, but requires one"):
+        dpo_fast.dpo_loss(X, Y, loss_type="kto", baseline=torch.zeros((), requires_grad=True))
     with pytest.raises(TypeError, match="unexpected keyword argument 'gamma'"):
         dpo_fast.dpo_loss(X, Y, gamma=1)
     with pytest.raises(ValueError, match="there are no pairs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,21 @@ def test_truncation_that_leaves_nothing_raises():
         dpo_fast.packed_batch(EXAMPLES, max_length=4, truncation="keep_end", share_prompts=True)
     with pytest.raises(ValueError, match="no pairs"):
         dpo_fast.padded_batch([], 0)
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, found 0"):
+        dpo_fast.padded_batch(EXAMPLES, 0, pad_to_multiple_of=0)
+    with pytest.raises(ValueError, match="prompt_ids of example 0 is empty"):
+        dpo_fast.padded_batch([{**EXAMPLES[0], "prompt_ids": []}], 0)
+    with pytest.raises(TypeError, match="chosen_ids of example 0 must be token ids, found \\[1.7"):
+        dpo_fast.padded_batch([{**EXAMPLES[0], "chosen_ids": [1.7]}], 0)
+    with pytest.raises(ValueError, match="example 0 has no rejected_ids, only prompt_ids, chosen_ids"):
+        dpo_fast.padded_batch([{"prompt_ids": [1], "chosen_ids": [2]}], 0)
+
+
+def test_ids_may_be_tensors_and_arrays():
+    expected = dpo_fast.padded_batch(EXAMPLES[:1], 0)
+    for kind in (torch.tensor, np.array):
+        found = dpo_fast.padded_batch([{k: kind(v) for k, v in EXAMPLES[0].items()}], 0)
+        assert all(torch.equal(found[k], v) for k, v in expected.items())
 
 
 def test_packed_batch():
@@ -131,5 +147,11 @@ def test_in_batch_negatives():
     assert batch["pairs"].shape == (10, 2)
     owners = torch.tensor([*range(5), *(i for i in range(5) for _ in range(2))])
     assert torch.equal(dpo_fast.in_batch_pairs(owners), batch["pairs"])
+    known = [{"prompt_ids": [1], "chosen_ids": [c]} for c in (10, 20)]
+    known += [{"prompt_ids": [p], "chosen_ids": [20 * p - 20]} for p in (2, 3, 4)]
+    for example in dpo_fast.in_batch_negatives(known, 2)[:2]:
+        assert sorted(example["rejected_ids"]) == [[40], [60]]  # 20 is an answer to this prompt too
+    with pytest.raises(ValueError, match="n_negatives must be at least 1, found 0"):
+        dpo_fast.in_batch_negatives(examples, 0)
     with pytest.raises(ValueError, match="example 0 has 2 completions of other prompts, 3 are wanted"):
         dpo_fast.in_batch_negatives(examples, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -495,3 +496,52 @@ def test_peak_memory_stays_within_budget_and_gradients():
     gradients = 4 * (49152 * 64 + 4 * 512 * 64)
     # products of oneDNN/MKL take scratch of their own, of the size of a packed operand
     assert growth <= (32 << 20) + 2.5 * gradients
+
+
+def test_partitioned_parameters_are_gathered_in_forward_and_backward(monkeypatch):
+    """DeepSpeed ZeRO-3 leaves a parameter empty outside its own module; a stand-in does the same here."""
+
+    class Partitioned(torch.nn.Parameter):
+        """A parameter whose data is away unless it is gathered."""
+
+    gathers, recomputed = [], []
+
+    class GatheredParameters:
+        def __init__(self, parameters):
+            self.parameters = parameters
+
+        def __enter__(self):
+            gathers.append(len(self.parameters))
+            for p in self.parameters:
+                p.data = p.whole
+
+        def __exit__(self, *_):
+            for p in self.parameters:
+                p.data = p.whole.new_empty(0)
+
+    deepspeed = types.ModuleType("deepspeed")
+    deepspeed.zero = types.SimpleNamespace(GatheredParameters=GatheredParameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    problem = Problem(torch.float32)
+    hidden, weight = problem.leaves()[:2]
+    budget = V * 4 * 40  # not all logits stay until backward
+    for loss in (
+        lambda h, w: dpo_fast.linear_token_logps(h, w, problem.targets, memory_budget=budget).logps.sum(),
+        lambda h, w: dpo_fast.linear_dpo_loss(h, w, problem.targets, problem.ref, memory_budget=budget).loss,
+        lambda h, w: dpo_fast.linear_dpo_loss(h, w, problem.targets, problem.ref, reduction="none").loss.sum(),
+    ):
+        expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+        away = Partitioned(torch.empty(0))
+        away.whole = weight.detach().clone()
+        away.ds_status = types.SimpleNamespace(name="NOT_AVAILABLE")
+        gathers.clear()
+        value = loss(hidden, away)
+        n_forward = len(gathers)
+        assert n_forward >= 1
+        assert away.numel() == 0
+        found = torch.autograd.grad(value, (hidden, away))
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
+        assert away.numel() == 0
+        recomputed.append(len(gathers) > n_forward)
+    assert recomputed == [True, False, True]  # gradients made in forward need no head in backward

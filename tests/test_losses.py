@@ -116,7 +116,8 @@ def test_infinite_log_probs_do_not_turn_into_nan_silently(name, smoothing, diver
     options = options_of(name, smoothing, divergence) | {"lengths": torch.ones(4)}
     if "sft" in name:
         options |= {"num_pairs": 2, "num_chosen_tokens": 2}
-    losses = dpo_fast.preference_loss(logps, None, loss_type=name, **options).losses
+    ref = torch.zeros(4).double() if has_reference(name) else None
+    losses = dpo_fast.preference_loss(logps, ref, loss_type=name, **options).losses
     good = 0 if name not in ("kto", "bco") else [0, 2, 3]
     assert torch.isfinite(losses[good]).all()
     losses[0].backward()
@@ -175,7 +176,8 @@ def test_from_logits_against_the_reference(name, dtype, layout):
         options["desirable"] = torch.arange(S) % 3 == 0
     else:
         options["pairs"] = random_pairs(S)
-        options["pair_weights"] = torch.linspace(0.5, 1.5, len(options["pairs"]), dtype=torch.float64)
+        if not set(types) & set(COUPLED_LOSSES):
+            options["pair_weights"] = torch.linspace(0.5, 1.5, len(options["pairs"]), dtype=torch.float64)
     if case.cu_seqlens is not None:
         options["cu_seqlens"] = case.cu_seqlens
     x = case.logits()
@@ -586,3 +588,118 @@ def test_losses_in_float32_are_as_accurate_as_torch():
     ratios = logps - ref
     naive = -torch.nn.functional.logsigmoid(0.1 * (ratios[:32] - ratios[32:]))
     assert_accurate(out.losses, exact.losses, naive, torch.float32)
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"token_weights": True}, {"ld_alpha": 0.0}], ids=lambda o: next(iter(o)))
+def test_tokens_of_weight_0_with_wpo(options):
+    """Dropped or masked, from logits or hidden states: the same; an ld_alpha of 0 is the limit of small ones."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 4, 3, generator=g), torch.randn(5, 3, generator=g)
+    targets = torch.randint(0, 5, (2, 4), generator=g)
+    targets[0, 3] = -100
+    if "token_weights" in options:
+        options = {"token_weights": torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])}
+    options = options | {"wpo": True, "outputs": ("entropy", "mean_logits", "is_top1")}
+    expected = dpo_fast.dpo_loss(hidden @ weight.T, targets, **options)
+    for compact in (True, False):
+        found = dpo_fast.linear_dpo_loss(hidden, weight, targets, compact=compact, **options)
+        torch.testing.assert_close(found.losses, expected.losses)
+        assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-5)
+    if "ld_alpha" in options:
+        near = dpo_fast.dpo_loss(hidden @ weight.T, targets, **(options | {"ld_alpha": 1e-12}))
+        torch.testing.assert_close(near.losses, expected.losses)
+        arrays = (hidden @ weight.T).numpy(), targets.numpy()
+        found = dpo_fast.numpy.dpo_loss(*arrays, wpo=True, ld_alpha=0.0)
+        np.testing.assert_allclose(found.losses, expected.losses.numpy(), rtol=1e-6)
+
+
+def test_orpo_of_certain_and_empty_completions_is_finite():
+    logits = torch.zeros(2, 1, 50)
+    logits[1, :, 0] = 20  # the rejected completion has probability 1 in float32
+    logits.requires_grad_()
+    targets = torch.zeros(2, 1, dtype=torch.int64)
+    for y in (targets, targets.clone().index_fill_(0, torch.tensor([1]), -100), torch.full_like(targets, -100)):
+        out = dpo_fast.dpo_loss(logits, y, loss_type="orpo")
+        (grad,) = torch.autograd.grad(out.loss, logits)
+        assert torch.isfinite(out.losses).all()
+        assert torch.isfinite(grad).all()
+
+
+def test_a_pair_of_weight_0_is_switched_off():
+    logps = torch.tensor([0.0, -torch.inf, -1.0, -2.0], requires_grad=True)
+    out = dpo_fast.preference_loss(logps, pair_weights=torch.tensor([1.0, 0.0]))
+    out.loss.backward()
+    assert out.losses[1] == 0
+    assert torch.isfinite(logps.grad).all()
+
+
+def test_metrics_of_nothing():
+    """0 where no token counts, as TRL; no entry for a side that is not there."""
+    logits, targets = torch.randn(2, 3, 5), torch.full((2, 3), -100)
+    names = ("entropy", "mean_logits", "is_top1")
+    metrics = dpo_fast.dpo_loss(logits, targets, outputs=names).metrics()
+    for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
+        assert metrics[name] == 0
+    logps = torch.tensor([-1.0, -2.0, -torch.inf])
+    out = dpo_fast.preference_loss(logps, loss_type="kto", baseline=0, desirable=torch.ones(3))
+    assert set(out.metrics()) == {"rewards/chosen", "logps/chosen"}
+    out = dpo_fast.preference_loss(logps, loss_type="kto", baseline=0, desirable=torch.tensor([1, 1, 0]))
+    assert out.metrics()["logps/chosen"] == -1.5
+
+
+def test_changing_num_pairs_does_not_compile_again():
+    logps = torch.randn(4)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda n: dpo_fast.preference_loss(logps, num_pairs=n).loss, fullgraph=True)
+    for n in range(2, 14):
+        torch.testing.assert_close(compiled(n + 0.5), dpo_fast.preference_loss(logps, num_pairs=n + 0.5).loss)
+
+
+def test_compiled_with_pairs_and_packed_weights():
+    x, y = torch.randn(6, 5, 9), torch.randint(0, 9, (6, 5))
+    pairs, cu_seqlens = torch.tensor([[0, 1], [2, 3]]), torch.arange(7) * 5
+    for step in (
+        lambda x: dpo_fast.dpo_loss(x, y, ld_alpha=0.3, pairs=pairs).loss,
+        lambda x: (
+            dpo_fast.dpo_loss(x.view(30, 9), y.view(30), ld_alpha=0.3, cu_seqlens=cu_seqlens, outputs=["entropy"]).loss
+        ),
+    ):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), step(x))
+
+
+def test_own_function_may_work_in_place():
+    logps, ref = torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, 4.0]).double()
+
+    def careless(chosen, rejected, ref_chosen, ref_rejected):
+        ref_chosen.zero_()
+        return chosen.sub_(rejected) ** 2
+
+    assert dpo_fast.preference_loss(logps, ref, loss_type=careless).loss == 1
+    assert logps.tolist() == [1, 2]
+    assert ref.tolist() == [3, 4]
+
+
+def test_operators_with_absent_sides_stay_in_bounds():
+    """Combinations that the functions refuse, given to the operator: no read outside the arrays."""
+    from dpo_fast._loss_options import choose_loss
+
+    x, y = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
+    pairs = torch.tensor([[0, -1], [-1, 1]])
+    loss = choose_loss(loss_type="kto", with_baseline=True).options
+    mixed = loss._replace(types=(*loss.types, PAIR_LOSSES["sft"][0]), weights=(1.0, 1.0))
+    for options in (loss, mixed):
+        args = (x, y, None, None, None, False, pairs, None, torch.zeros(()), -100, 1.0, 1.0, 0.0, *options, 0.0)
+        out = torch.ops.dpo_fast.dpo_forward(*args, True, False, False, False)
+        assert torch.isfinite(out[1]).all()
+    with pytest.raises(ValueError, match="no divergence number 99"):
+        torch.ops.dpo_fast.preference_forward(
+            torch.zeros(2), None, None, None, None, None, *choose_loss().options._replace(divergence=99), 0.0
+        )
+    with pytest.raises(ValueError, match="pair_grads must be on the device of logps"):
+        torch.ops.dpo_fast.preference_backward(
+            torch.zeros(2), None, 0.0, torch.zeros(1, 2, device="meta"), torch.ones(()), None
+        )

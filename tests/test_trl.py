@@ -125,7 +125,7 @@ def assert_same_history(a, b, tolerance=1e-4):
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys()
         for key, value in x.items():
-            if isinstance(value, float) and not any(word in key for word in ("runtime", "per_second", "flos")):
+            if isinstance(value, float) and not any(word in key for word in ("time", "per_second", "flos")):
                 assert y[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
                 compared += 1
     assert compared > 20
