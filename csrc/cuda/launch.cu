@@ -1,0 +1,141 @@
+// The launchers of launch.h: which kernel a call takes and with which grid.
+#include "launch.h"
+
+#include "backward.h"
+#include "losses.h"
+
+namespace dpo_fast {
+
+DPO_FAST_ROW_KERNELS(extern template, Float32)
+DPO_FAST_ROW_KERNELS(extern template, Float64)
+DPO_FAST_ROW_KERNELS(extern template, BFloat16)
+DPO_FAST_ROW_KERNELS(extern template, Float16)
+
+namespace {
+
+// Below this many rows a block takes one piece of a row: enough blocks to fill any GPU several times over, so that the
+// last wave of blocks costs little.
+constexpr int64_t kSplitRows = 4096;
+// Positions within a piece are 32-bit numbers.
+constexpr int64_t kMaxVocab = (int64_t)1 << 34;
+
+bool is_split(const CudaRows& rows) { return rows.n_rows < kSplitRows && pieces_of(rows.vocab).count > 1; }
+
+// Calls `launch<T, kCapped>(args, stream)`, or another function of that form, for the rows' type and transform.
+template <class Args>
+using Launch = int (*)(const Args&, void*);
+
+template <class Args>
+int launch_for(const CudaRows& rows, const Launch<Args> (&table)[kLogitTypes][2], const Args& args, void* stream) {
+  if (rows.logit_type < 0 || rows.logit_type >= kLogitTypes || rows.vocab >= kMaxVocab) return cudaErrorInvalidValue;
+  return table[rows.logit_type][rows.transform.softcap > 0](args, stream);
+}
+
+constexpr Launch<ForwardArgs> kForward[kLogitTypes][2] = {
+    {launch_forward<Float32, false>, launch_forward<Float32, true>},
+    {launch_forward<Float64, false>, launch_forward<Float64, true>},
+    {launch_forward<BFloat16, false>, launch_forward<BFloat16, true>},
+    {launch_forward<Float16, false>, launch_forward<Float16, true>},
+};
+
+constexpr Launch<BackwardArgs> kBackward[kLogitTypes][2] = {
+    {launch_backward<Float32, false>, launch_backward<Float32, true>},
+    {launch_backward<Float64, false>, launch_backward<Float64, true>},
+    {launch_backward<BFloat16, false>, launch_backward<BFloat16, true>},
+    {launch_backward<Float16, false>, launch_backward<Float16, true>},
+};
+
+BatchArgs batch_of_rows(const CudaRows* rows, const CudaSeqs* seqs, const void* logps, void* seq_logps,
+                        double* seq_saved) {
+  BatchArgs a{};
+  a.rows = *rows;
+  a.seqs = *seqs;
+  a.token_logps = logps;
+  a.seq_logps = seq_logps;
+  a.seq_saved = seq_saved;
+  a.wide = a.seq_logps_double = rows->logit_type == kFloat64;
+  return a;
+}
+
+}  // namespace
+}  // namespace dpo_fast
+
+using namespace dpo_fast;
+
+int64_t dpo_fast_forward_scratch_bytes(const CudaRows* rows) {
+  return is_split(*rows) ? rows->n_rows * pieces_of(rows->vocab).count * (int64_t)sizeof(RowPart) : 0;
+}
+
+int dpo_fast_forward(const CudaRows* rows, const TokenArrays* out, void* scratch, void* stream) {
+  if (rows->n_rows == 0) return 0;
+  ForwardArgs a{*rows, *out, nullptr, pieces_of(rows->vocab), rows->n_rows};
+  if (is_split(*rows)) {
+    a.parts = (RowPart*)scratch;
+    a.units *= a.pieces.count;
+  }
+  return launch_for(*rows, kForward, a, stream);
+}
+
+int dpo_fast_sequences(const CudaRows* rows, const CudaSeqs* seqs, const void* logps, void* seq_logps,
+                       int seq_logps_double, double* seq_saved, void* stream) {
+  if (seqs->n_seqs == 0) return 0;
+  BatchArgs a = batch_of_rows(rows, seqs, logps, seq_logps, seq_saved);
+  a.seq_logps_double = a.seq_logps_double || seq_logps_double;
+  return launch_batch(a, stream);
+}
+
+int dpo_fast_sequences_and_losses(const CudaRows* rows, const CudaSeqs* seqs, const CudaPairs* pairs, const void* logps,
+                                  const void* ref_logps, int ref_double, void* seq_logps, double* seq_saved,
+                                  const CudaLosses* out, void* stream) {
+  BatchArgs a = batch_of_rows(rows, seqs, logps, seq_logps, seq_saved);
+  a.pairs = *pairs;
+  a.ref_logps = ref_logps;
+  a.ref_double = ref_double;
+  a.out = *out;
+  return launch_batch(a, stream);
+}
+
+int dpo_fast_losses(const CudaPairs* pairs, int wide, int64_t n_seqs, const void* logps, const void* ref_logps,
+                    int ref_double, const CudaLosses* out, void* stream) {
+  BatchArgs a{};
+  a.seqs.n_seqs = n_seqs;
+  a.pairs = *pairs;
+  a.logps = logps;
+  a.ref_logps = ref_logps;
+  a.ref_double = ref_double;
+  a.wide = wide;
+  a.out = *out;
+  return launch_batch(a, stream);
+}
+
+int dpo_fast_losses_backward(const CudaPairs* pairs, int wide, int64_t n_seqs, const double* pair_grads,
+                             const void* grad_loss, const void* grad_losses, void* grad_logps, void* stream) {
+  if (n_seqs == 0) return 0;
+  return launch_seq_grads(
+      SeqGradArgs{*pairs, n_seqs, pair_grads, grad_loss, grad_losses, grad_logps, wide != 0, wide != 0}, stream);
+}
+
+int dpo_fast_backward(const CudaRows* rows, const CudaSeqs* seqs, const CudaPairs* pairs, const TokenArrays* saved,
+                      const double* seq_saved, const double* pair_grads, const CudaGrads* grads, const GradTensor* out,
+                      double* scratch, void* stream) {
+  if (rows->n_rows == 0) return 0;
+  BackwardArgs a{};
+  a.rows = *rows;
+  a.saved = *saved;
+  a.grads = *grads;
+  a.out = *out;
+  a.pieces = pieces_of(rows->vocab);
+  a.units = rows->n_rows * a.pieces.count;
+  if (seqs) {
+    a.seqs = *seqs;
+    a.seq_saved = seq_saved;
+  }
+  if (grads->losses && seqs) {
+    const bool wide = rows->logit_type == kFloat64;
+    const int status = launch_seq_grads(
+        SeqGradArgs{*pairs, seqs->n_seqs, pair_grads, grads->loss, grads->losses, scratch, wide, true}, stream);
+    if (status != 0) return status;
+    a.seq_grads = scratch;
+  }
+  return launch_for(*rows, kBackward, a, stream);
+}
