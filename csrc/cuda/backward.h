@@ -190,11 +190,8 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
     Piece::store_grad(dx + i * dx_stride, x + i * stride, c, transform);
 }
 
-template <class T, bool kEntropy>
-constexpr int kBackwardBlocks = T::kType != kFloat64 ? 3 : kEntropy ? 1 : 2;
-
 template <class T, bool kCapped, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads, (kBackwardBlocks<T, kEntropy>)) backward_kernel(BackwardArgs a) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) backward_kernel(BackwardArgs a) {
   using Storage = typename T::Storage;
   for (int64_t u = blockIdx.x; u < a.units; u += gridDim.x) {
     const int64_t row = u / a.pieces.count, start = u % a.pieces.count * a.pieces.size, rest = a.rows.vocab - start;

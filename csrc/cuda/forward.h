@@ -211,11 +211,11 @@ __device__ inline void finish_ignored_row(const CudaRows& rows, int64_t row, con
 }
 
 // Blocks per multiprocessor that the registers must allow: as many as go without spilling.
-template <class T, bool kExtras>
-constexpr int kForwardBlocks = T::kType != kFloat64 ? 3 : kExtras ? 1 : 2;
+template <class T>
+constexpr int kRowBlocks = T::kType == kFloat64 ? 1 : 3;
 
 template <class T, bool kCapped, bool kExtras>
-__global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kExtras>)) forward_kernel(ForwardArgs a) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) forward_kernel(ForwardArgs a) {
   __shared__ RowPart warp_parts[kMaxPieces * kRowWarps];
   __shared__ RowPart piece_parts[kMaxPieces];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kExtras>)) for
 
 // The rows that were cut: a warp merges the pieces of one.
 template <class T, bool kCapped>
-__global__ void __launch_bounds__(kRowThreads) finish_kernel(ForwardArgs a) {
+__global__ void __launch_bounds__(kRowThreads, 2) finish_kernel(ForwardArgs a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool extras = a.out.entropy || a.out.mean_logits || a.out.is_top1 || a.out.log_sum_sq_probs;
   for (int64_t row = (int64_t)blockIdx.x * kRowWarps + warp; row < a.rows.n_rows;

@@ -85,7 +85,7 @@ __device__ double sum_pairs(const CudaPairs& pairs, const double* pair_grads, in
   return warp_sum(total);
 }
 
-__global__ void __launch_bounds__(kBatchThreads) batch_kernel(BatchArgs a) {
+__global__ void __launch_bounds__(kBatchThreads, 1) batch_kernel(BatchArgs a) {
   __shared__ double sums[kBatchWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (!a.logps)
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kBatchThreads) batch_kernel(BatchArgs a) {
   }
 }
 
-__global__ void __launch_bounds__(kBatchThreads) seq_grad_kernel(SeqGradArgs a) {
+__global__ void __launch_bounds__(kBatchThreads, 1) seq_grad_kernel(SeqGradArgs a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double common = a.grad_loss ? load_number(a.grad_loss, 0, a.wide) : 0;
   if (a.pairs.mean) common /= a.pairs.n_pairs;
