@@ -33,7 +33,12 @@ SANITIZED = "DPO_FAST_CUDA_HOST_FLAGS" in os.environ
 SMALL = [s for s in SHAPES if s[0] * s[1] <= 70 and s[2] <= 2049]
 LARGE = [s for s in SHAPES if s[2] > 16384]  # several pieces to a row
 TRANSFORMS = ({}, {"temperature": 0.7, "logit_scale": 1.5}, {"softcap": 5.0}, {"softcap": 30.0, "temperature": 1.3})
-ONES = torch.ones(())
+# what runs under the sanitizers too, where switching threads is slow
+SANITIZED_PART = (
+    "test_tokens and strided and bfloat16 or test_rows_of_several_pieces and float32 and not softcap or "
+    "test_gradient_at_every_alignment and bfloat16 or test_an_invalid_target or test_several_targets and float16 or "
+    "test_sequences and packed and float64 or test_dpo_loss and float32 or test_pairs_and_offsets or test_no_rows"
+)
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +365,7 @@ def test_losses_from_log_probs(kernels, given_pairs, wide):
     g = torch.randn(n_pairs, dtype=dtype)
     found = torch.full((S,), 77, dtype=dtype)
     kernels.call(
-        "losses_backward", spec, int(wide), host.c_int64(S), out["pair_grads"], 2 * ONES.to(dtype), g, found
+        "losses_backward", spec, int(wide), host.c_int64(S), out["pair_grads"], torch.tensor(2, dtype=dtype), g, found
     )
     each = g.double().numpy() + 2 / n_pairs
     exact_grad = reference.preference_loss_grad(
@@ -390,7 +395,7 @@ def test_no_rows(kernels):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD")
 def test_under_sanitizers():
     """The same, in part, under the address and undefined-behaviour sanitizers."""
-    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1"
+    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan", "libubsan")
@@ -403,7 +408,8 @@ def test_under_sanitizers():
         "DPO_FAST_CUDA_HOST_FLAGS": sanitize,
     }
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        + [__file__, "-k", SANITIZED_PART],
         capture_output=True,
         text=True,
         env={**os.environ, **env},

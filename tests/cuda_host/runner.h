@@ -22,7 +22,7 @@
 
 namespace cuda_host {
 
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;
 constexpr int kLanes = 32;
 
 // Where a fiber goes on. ucontext makes the first entry; later ones jump, which spares a system call each, but which
