@@ -13,7 +13,7 @@ struct BackwardArgs {
   CudaGrads grads;
   GradTensor out;
   Pieces pieces;
-  int64_t units;            // pieces of rows
+  int64_t first_row;        // of this launch
   const double* seq_saved;  // [n_seqs, 2] factor and dloss/dlogp, null: gradients of tokens only
   const double* seq_grads;  // [n_seqs], null: dloss/dlogp times the gradient of the loss
 };
@@ -72,6 +72,7 @@ struct PieceGrad {
 
   __device__ static double row_grad_logp(const BackwardArgs& a, int64_t row, double from_seq) {
     double g = 0;
+#pragma unroll 1
     for (int64_t k = 0; k < a.rows.n_targets; ++k) g += target_grad_logp(a, row, k, from_seq);
     return g;
   }
@@ -116,6 +117,7 @@ struct PieceGrad {
     const double total = row_grad_logp(a, row, from_seq);
     const int64_t* targets = a.rows.targets + row * a.rows.n_targets;
     double g = 0;
+#pragma unroll 1
     for (int64_t i = k; i < a.rows.n_targets; ++i)
       if (targets[i] == targets[k]) g += target_grad_logp(a, row, i, from_seq);
     const double logp = load_number(a.saved.logps, row * a.rows.n_targets + k, kWide);
@@ -156,9 +158,11 @@ __device__ inline void store_vec(typename T::Storage* p, const Vec16& v) {
 template <class T>
 __device__ inline void zero_piece(typename T::Storage* dx, int64_t stride, int n, Owners<T> owners) {
   const int vec_logits = owners.n_vecs * kVecLogits<T>;
+#pragma unroll 1
   for (int i = threadIdx.x; i < owners.head; i += kRowThreads) dx[i * stride] = 0;
   for (int j = threadIdx.x; j < owners.n_vecs; j += kRowThreads)
     store_vec<T>(dx + owners.head + j * kVecLogits<T>, Vec16{{0, 0, 0, 0}});
+#pragma unroll 1
   for (int i = owners.head + vec_logits + threadIdx.x; i < n; i += kRowThreads) dx[i * stride] = 0;
 }
 
@@ -184,8 +188,10 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
         store_vec<T>(dx + owners.head + (j + i * kRowThreads) * kVecLogits<T>, pack_vec<T>(dz));
     }
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < owners.head; i += kRowThreads)
     Piece::store_grad(dx + i * dx_stride, x + i * stride, c, transform);
+#pragma unroll 1
   for (int i = tail + threadIdx.x; i < n; i += kRowThreads)
     Piece::store_grad(dx + i * dx_stride, x + i * stride, c, transform);
 }
@@ -193,47 +199,50 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
 template <class T, bool kCapped, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) backward_kernel(BackwardArgs a) {
   using Storage = typename T::Storage;
-  for (int64_t u = blockIdx.x; u < a.units; u += gridDim.x) {
-    const int64_t row = u / a.pieces.count, start = u % a.pieces.count * a.pieces.size, rest = a.rows.vocab - start;
-    const int n = (int)(rest < a.pieces.size ? rest : a.pieces.size);
-    Storage* dx = (Storage*)a.out.data +
-                  row_offset(row, a.rows.rows_per_seq, a.out.seq_stride, a.out.row_stride) + start * a.out.vocab_stride;
-    Owners<T> owners{0, 0};
-    if (a.out.vocab_stride == 1 && (a.rows.vocab_stride == 1)) {
-      const int head = (int)((16 - (uintptr_t)dx % 16) % 16 / sizeof(Storage));
-      owners.head = head < n ? head : n;
-      owners.n_vecs = (n - owners.head) / kVecLogits<T>;
-    }
-    if (row_state_of(a.rows, row) == kIgnored) {
-      zero_piece<T>(dx, a.out.vocab_stride, n, owners);
-      continue;
-    }
-    grad_piece<T, kCapped, kEntropy>(a, row, row_logits<T>(a.rows, row) + start * a.rows.vocab_stride, dx, n, owners);
-    // The thread that wrote a target's gradient writes the right one over it.
-    const int64_t* targets = a.rows.targets + row * a.rows.n_targets;
-    for (int64_t k = 0; k < a.rows.n_targets; ++k) {
-      const int64_t i = targets[k] - start;
-      if (i < 0 || i >= n || owners(i) != (int)threadIdx.x) continue;
-      bool first = true;
-      for (int64_t earlier = 0; earlier < k; ++earlier) first = first && targets[earlier] != targets[k];
-      if (!first) continue;
-      dx[i * a.out.vocab_stride] =
-          PieceGrad<T, kCapped, kEntropy>::target_term(a, row, k, row_grad_from_seq(a, row, T::kType == kFloat64));
-    }
+  const int64_t row = a.first_row + blockIdx.x, start = blockIdx.y * a.pieces.size, rest = a.rows.vocab - start;
+  const int n = (int)(rest < a.pieces.size ? rest : a.pieces.size);
+  Storage* dx = (Storage*)a.out.data + row_offset(row, a.rows.rows_per_seq, a.out.seq_stride, a.out.row_stride) +
+                start * a.out.vocab_stride;
+  Owners<T> owners{0, 0};
+  if (a.out.vocab_stride == 1 && a.rows.vocab_stride == 1) {
+    const int head = (int)((16 - (uintptr_t)dx % 16) % 16 / sizeof(Storage));
+    owners.head = head < n ? head : n;
+    owners.n_vecs = (n - owners.head) / kVecLogits<T>;
+  }
+  if (row_state_of(a.rows, row) == kIgnored) {
+    zero_piece<T>(dx, a.out.vocab_stride, n, owners);
+    return;
+  }
+  grad_piece<T, kCapped, kEntropy>(a, row, row_logits<T>(a.rows, row) + start * a.rows.vocab_stride, dx, n, owners);
+  // The thread that wrote a target's gradient writes the right one over it.
+  const int64_t* targets = a.rows.targets + row * a.rows.n_targets;
+#pragma unroll 1
+  for (int64_t k = 0; k < a.rows.n_targets; ++k) {
+    const int64_t i = targets[k] - start;
+    if (i < 0 || i >= n || owners(i) != (int)threadIdx.x) continue;
+    bool first = true;
+#pragma unroll 1
+    for (int64_t earlier = 0; earlier < k; ++earlier) first = first && targets[earlier] != targets[k];
+    if (!first) continue;
+    dx[i * a.out.vocab_stride] =
+        PieceGrad<T, kCapped, kEntropy>::target_term(a, row, k, row_grad_from_seq(a, row, T::kType == kFloat64));
   }
 }
 
 template <class T, bool kCapped>
-int launch_backward(const BackwardArgs& a, void* stream) {
+int launch_backward(BackwardArgs a, void* stream) {
   auto* kernel = a.grads.token_entropy ? backward_kernel<T, kCapped, true> : backward_kernel<T, kCapped, false>;
-  return DPO_FAST_LAUNCH(kernel, grid_for(a.units), kRowThreads, stream, a);
+  return launch_all(a.rows.n_rows, [&](int64_t first, unsigned blocks) {
+    a.first_row = first;
+    return DPO_FAST_LAUNCH(kernel, dim3(blocks, a.pieces.count), kRowThreads, stream, a);
+  });
 }
 
 // `declaration` is `template` in the one file that compiles a type's kernels, `extern template` where they are used.
 #define DPO_FAST_ROW_KERNELS(declaration, T)                            \
-  declaration int launch_forward<T, false>(const ForwardArgs&, void*);  \
-  declaration int launch_forward<T, true>(const ForwardArgs&, void*);   \
-  declaration int launch_backward<T, false>(const BackwardArgs&, void*); \
-  declaration int launch_backward<T, true>(const BackwardArgs&, void*);
+  declaration int launch_forward<T, false>(ForwardArgs, void*);  \
+  declaration int launch_forward<T, true>(ForwardArgs, void*);   \
+  declaration int launch_backward<T, false>(BackwardArgs, void*); \
+  declaration int launch_backward<T, true>(BackwardArgs, void*);
 
 }  // namespace dpo_fast

@@ -10,9 +10,9 @@ namespace dpo_fast {
 struct ForwardArgs {
   CudaRows rows;
   TokenArrays out;
-  RowPart* parts;  // [rows, pieces], null: a block takes whole rows
+  RowPart* parts;  // [rows, pieces], null: a block takes a whole row
   Pieces pieces;
-  int64_t units;  // rows, or pieces of rows
+  int64_t first_row;  // of this launch
 };
 
 // A thread's sums over its logits of one piece, relative to `shift`.
@@ -212,7 +212,7 @@ __device__ inline void finish_ignored_row(const CudaRows& rows, int64_t row, con
 
 // Blocks per multiprocessor that the registers must allow: as many as go without spilling.
 template <class T>
-constexpr int kRowBlocks = T::kType == kFloat64 ? 1 : 3;
+constexpr int kRowBlocks = T::kType == kFloat64 ? 1 : 4;
 
 template <class T, bool kCapped, bool kExtras>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) forward_kernel(ForwardArgs a) {
@@ -222,34 +222,34 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) forward_kernel(For
   const bool split = a.parts != nullptr;
   const Transform<typename T::Compute, kCapped> transform(a.rows.transform);
   const double unit = unit_scale(a.rows.transform);
-  for (int64_t u = blockIdx.x; u < a.units; u += gridDim.x) {
-    const int64_t row = split ? u / a.pieces.count : u;
-    const int first = split ? (int)(u % a.pieces.count) : 0, count = split ? 1 : a.pieces.count;
-    if (row_state_of(a.rows, row) == kIgnored) {
-      if (!split && warp == 0) finish_ignored_row(a.rows, row, a.out, lane);
-      continue;
-    }
-    const typename T::Storage* x = row_logits<T>(a.rows, row);
-    for (int i = 0; i < count; ++i) {
-      const int64_t start = (first + i) * a.pieces.size, rest = a.rows.vocab - start;
-      const int n = (int)(rest < a.pieces.size ? rest : a.pieces.size);
-      ThreadSums<T, kCapped> sums(transform);
-      add_stretch<T, kCapped, kExtras>(
-          Stretch<T, false>(x + start * a.rows.vocab_stride, a.rows.vocab_stride, n, rest), transform, sums);
-      const RowPart part = warp_part<T, kCapped, kExtras>(sums, transform, start);
-      if (lane == 0) warp_parts[i * kRowWarps + warp] = part;
-    }
-    __syncthreads();
-    for (int i = warp; i < count; i += kRowWarps) {
-      const RowPart part =
-          merge_lanes(lane < kRowWarps ? warp_parts[i * kRowWarps + lane] : empty_part(), unit, kExtras);
-      if (lane == 0) (split ? a.parts[u] : piece_parts[i]) = part;
-    }
-    __syncthreads();
-    if (!split && warp == 0)
-      finish_row<T, kCapped>(a.rows, row, merge_lanes(lane < count ? piece_parts[lane] : empty_part(), unit, kExtras),
-                             a.out, lane);
+  const int64_t row = a.first_row + blockIdx.x;
+  const int first = blockIdx.y, count = split ? 1 : a.pieces.count;
+  if (row_state_of(a.rows, row) == kIgnored) {
+    if (!split && warp == 0) finish_ignored_row(a.rows, row, a.out, lane);
+    return;
   }
+  const typename T::Storage* x = row_logits<T>(a.rows, row);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const int64_t start = (first + i) * a.pieces.size, rest = a.rows.vocab - start;
+    const int n = (int)(rest < a.pieces.size ? rest : a.pieces.size);
+    ThreadSums<T, kCapped> sums(transform);
+    add_stretch<T, kCapped, kExtras>(
+        Stretch<T, false>(x + start * a.rows.vocab_stride, a.rows.vocab_stride, n, rest), transform, sums);
+    const RowPart part = warp_part<T, kCapped, kExtras>(sums, transform, start);
+    if (lane == 0) warp_parts[i * kRowWarps + warp] = part;
+  }
+  __syncthreads();
+  for (int i = warp; i < count; i += kRowWarps) {
+    const RowPart part =
+        merge_lanes(lane < kRowWarps ? warp_parts[i * kRowWarps + lane] : empty_part(), unit, kExtras);
+    if (lane == 0) (split ? a.parts[row * a.pieces.count + first] : piece_parts[i]) = part;
+  }
+  if (split) return;
+  __syncthreads();
+  if (warp == 0)
+    finish_row<T, kCapped>(a.rows, row, merge_lanes(lane < count ? piece_parts[lane] : empty_part(), unit, kExtras),
+                           a.out, lane);
 }
 
 // The rows that were cut: a warp merges the pieces of one.
@@ -257,29 +257,42 @@ template <class T, bool kCapped>
 __global__ void __launch_bounds__(kRowThreads, 2) finish_kernel(ForwardArgs a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool extras = a.out.entropy || a.out.mean_logits || a.out.is_top1 || a.out.log_sum_sq_probs;
-  for (int64_t row = (int64_t)blockIdx.x * kRowWarps + warp; row < a.rows.n_rows;
-       row += (int64_t)gridDim.x * kRowWarps) {
-    if (row_state_of(a.rows, row) == kIgnored) {
-      finish_ignored_row(a.rows, row, a.out, lane);
-      continue;
-    }
-    const RowPart part = lane < a.pieces.count ? a.parts[row * a.pieces.count + lane] : empty_part();
-    finish_row<T, kCapped>(a.rows, row, merge_lanes(part, unit_scale(a.rows.transform), extras), a.out, lane);
+  const int64_t row = a.first_row + (int64_t)blockIdx.x * kRowWarps + warp;
+  if (row >= a.rows.n_rows) return;
+  if (row_state_of(a.rows, row) == kIgnored) {
+    finish_ignored_row(a.rows, row, a.out, lane);
+    return;
   }
+  const RowPart part = lane < a.pieces.count ? a.parts[row * a.pieces.count + lane] : empty_part();
+  finish_row<T, kCapped>(a.rows, row, merge_lanes(part, unit_scale(a.rows.transform), extras), a.out, lane);
 }
 
 constexpr int64_t kMaxBlocks = 1 << 30;
 
-inline unsigned grid_for(int64_t units) { return (unsigned)(units < kMaxBlocks ? units : kMaxBlocks); }
+// Calls launch(first, blocks) until all units of work have a block: once, short of a thousand million.
+template <class Launch>
+int launch_all(int64_t units, const Launch& launch) {
+  int status = 0;
+  for (int64_t first = 0; first < units && status == 0; first += kMaxBlocks)
+    status = launch(first, (unsigned)(units - first < kMaxBlocks ? units - first : kMaxBlocks));
+  return status;
+}
 
 template <class T, bool kCapped>
-int launch_forward(const ForwardArgs& a, void* stream) {
+int launch_forward(ForwardArgs a, void* stream) {
   const bool extras = a.out.entropy || a.out.mean_logits || a.out.is_top1 || a.out.log_sum_sq_probs;
   auto* kernel = extras ? forward_kernel<T, kCapped, true> : forward_kernel<T, kCapped, false>;
-  const int status = DPO_FAST_LAUNCH(kernel, grid_for(a.units), kRowThreads, stream, a);
+  const unsigned split = a.parts ? a.pieces.count : 1;
+  const int status = launch_all(a.rows.n_rows, [&](int64_t first, unsigned blocks) {
+    a.first_row = first;
+    return DPO_FAST_LAUNCH(kernel, dim3(blocks, split), kRowThreads, stream, a);
+  });
   if (status != 0 || !a.parts) return status;
   auto* finish = finish_kernel<T, kCapped>;
-  return DPO_FAST_LAUNCH(finish, grid_for((a.rows.n_rows + kRowWarps - 1) / kRowWarps), kRowThreads, stream, a);
+  return launch_all((a.rows.n_rows + kRowWarps - 1) / kRowWarps, [&](int64_t first, unsigned blocks) {
+    a.first_row = first * kRowWarps;
+    return DPO_FAST_LAUNCH(finish, blocks, kRowThreads, stream, a);
+  });
 }
 
 }  // namespace dpo_fast

@@ -23,7 +23,7 @@ bool is_split(const CudaRows& rows) { return rows.n_rows < kSplitRows && pieces_
 
 // Calls `launch<T, kCapped>(args, stream)`, or another function of that form, for the rows' type and transform.
 template <class Args>
-using Launch = int (*)(const Args&, void*);
+using Launch = int (*)(Args, void*);
 
 template <class Args>
 int launch_for(const CudaRows& rows, const Launch<Args> (&table)[kLogitTypes][2], const Args& args, void* stream) {
@@ -68,11 +68,7 @@ int64_t dpo_fast_forward_scratch_bytes(const CudaRows* rows) {
 
 int dpo_fast_forward(const CudaRows* rows, const TokenArrays* out, void* scratch, void* stream) {
   if (rows->n_rows == 0) return 0;
-  ForwardArgs a{*rows, *out, nullptr, pieces_of(rows->vocab), rows->n_rows};
-  if (is_split(*rows)) {
-    a.parts = (RowPart*)scratch;
-    a.units *= a.pieces.count;
-  }
+  const ForwardArgs a{*rows, *out, is_split(*rows) ? (RowPart*)scratch : nullptr, pieces_of(rows->vocab), 0};
   return launch_for(*rows, kForward, a, stream);
 }
 
@@ -112,7 +108,7 @@ int dpo_fast_losses_backward(const CudaPairs* pairs, int wide, int64_t n_seqs, c
                              const void* grad_loss, const void* grad_losses, void* grad_logps, void* stream) {
   if (n_seqs == 0) return 0;
   return launch_seq_grads(
-      SeqGradArgs{*pairs, n_seqs, pair_grads, grad_loss, grad_losses, grad_logps, wide != 0, wide != 0}, stream);
+      SeqGradArgs{*pairs, n_seqs, pair_grads, grad_loss, grad_losses, grad_logps, wide != 0, wide != 0, 0}, stream);
 }
 
 int dpo_fast_backward(const CudaRows* rows, const CudaSeqs* seqs, const CudaPairs* pairs, const TokenArrays* saved,
@@ -125,7 +121,6 @@ int dpo_fast_backward(const CudaRows* rows, const CudaSeqs* seqs, const CudaPair
   a.grads = *grads;
   a.out = *out;
   a.pieces = pieces_of(rows->vocab);
-  a.units = rows->n_rows * a.pieces.count;
   if (seqs) {
     a.seqs = *seqs;
     a.seq_saved = seq_saved;
@@ -133,7 +128,7 @@ int dpo_fast_backward(const CudaRows* rows, const CudaSeqs* seqs, const CudaPair
   if (grads->losses && seqs) {
     const bool wide = rows->logit_type == kFloat64;
     const int status = launch_seq_grads(
-        SeqGradArgs{*pairs, seqs->n_seqs, pair_grads, grads->loss, grads->losses, scratch, wide, true}, stream);
+        SeqGradArgs{*pairs, seqs->n_seqs, pair_grads, grads->loss, grads->losses, scratch, wide, true, 0}, stream);
     if (status != 0) return status;
     a.seq_grads = scratch;
   }

@@ -113,12 +113,12 @@ __global__ void __launch_bounds__(kBatchThreads, 1) seq_grad_kernel(SeqGradArgs 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double common = a.grad_loss ? load_number(a.grad_loss, 0, a.wide) : 0;
   if (a.pairs.mean) common /= a.pairs.n_pairs;
-  for (int64_t s = (int64_t)blockIdx.x * kBatchWarps + warp; s < a.n_seqs; s += (int64_t)gridDim.x * kBatchWarps) {
-    const double grad = sum_pairs(a.pairs, a.pair_grads, s, lane, [&](int64_t p) {
-      return common + (a.grad_losses ? load_number(a.grad_losses, p, a.wide) : 0);
-    });
-    if (lane == 0) store_number(a.grad_seqs, s, grad, a.grad_double);
-  }
+  const int64_t s = a.first_seq + (int64_t)blockIdx.x * kBatchWarps + warp;
+  if (s >= a.n_seqs) return;
+  const double grad = sum_pairs(a.pairs, a.pair_grads, s, lane, [&](int64_t p) {
+    return common + (a.grad_losses ? load_number(a.grad_losses, p, a.wide) : 0);
+  });
+  if (lane == 0) store_number(a.grad_seqs, s, grad, a.grad_double);
 }
 
 }  // namespace
@@ -127,9 +127,11 @@ int launch_batch(const BatchArgs& a, void* stream) {
   return DPO_FAST_LAUNCH(batch_kernel, 1, kBatchThreads, stream, a);
 }
 
-int launch_seq_grads(const SeqGradArgs& a, void* stream) {
-  return DPO_FAST_LAUNCH(seq_grad_kernel, grid_for((a.n_seqs + kBatchWarps - 1) / kBatchWarps), kBatchThreads, stream,
-                         a);
+int launch_seq_grads(SeqGradArgs a, void* stream) {
+  return launch_all((a.n_seqs + kBatchWarps - 1) / kBatchWarps, [&](int64_t first, unsigned blocks) {
+    a.first_seq = first * kBatchWarps;
+    return DPO_FAST_LAUNCH(seq_grad_kernel, blocks, kBatchThreads, stream, a);
+  });
 }
 
 }  // namespace dpo_fast

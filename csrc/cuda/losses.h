@@ -32,9 +32,10 @@ struct SeqGradArgs {
   void* grad_seqs;  // [n_seqs]
   bool wide;        // of the incoming gradients
   bool grad_double;
+  int64_t first_seq;  // of this launch
 };
 
 int launch_batch(const BatchArgs& a, void* stream);
-int launch_seq_grads(const SeqGradArgs& a, void* stream);
+int launch_seq_grads(SeqGradArgs a, void* stream);
 
 }  // namespace dpo_fast

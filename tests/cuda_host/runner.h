@@ -47,10 +47,9 @@ inline int n_threads, current;
 inline unsigned arrived, barriers;  // at this barrier; barriers passed
 inline std::function<void()> body;
 inline uint3 block_index;
-inline dim3 grid_size;
 
 [[noreturn]] inline void fail(const char* what) {
-  fprintf(stderr, "cuda_host: %s (block %u, thread %d)\n", what, block_index.x, current);
+  fprintf(stderr, "cuda_host: %s (block %u %u, thread %d)\n", what, block_index.x, block_index.y, current);
   abort();
 }
 
@@ -137,11 +136,11 @@ X shuffle_xor(X x, int mask) {
 }
 
 template <class Kernel, class... Args>
-int launch(Kernel* kernel, unsigned blocks, int threads, void*, Args... args) {
+int launch(Kernel* kernel, dim3 blocks, int threads, void*, Args... args) {
   n_threads = threads;
-  grid_size = dim3(blocks);
   body = [=] { kernel(args...); };
-  for (block_index.x = 0; block_index.x < blocks; ++block_index.x) run_block();
+  for (block_index.y = 0; block_index.y < blocks.y; ++block_index.y)
+    for (block_index.x = 0; block_index.x < blocks.x; ++block_index.x) run_block();
   return 0;
 }
 
@@ -155,7 +154,6 @@ inline uint3 thread_index() { return uint3{(unsigned)current, 0, 0}; }
 #define __launch_bounds__(...)
 #define threadIdx cuda_host::thread_index()
 #define blockIdx cuda_host::block_index
-#define gridDim cuda_host::grid_size
 #define __syncthreads cuda_host::barrier
 #define __shfl_xor_sync(lanes, x, mask) cuda_host::shuffle_xor(x, mask)
 #define DPO_FAST_LAUNCH(...) cuda_host::launch(__VA_ARGS__)
