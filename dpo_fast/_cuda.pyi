@@ -4,6 +4,8 @@ from typing import Any
 
 _Tuple = tuple[Any, ...]
 
+SEQ_SAVED: int
+
 def archs() -> list[str]: ...
 def runtime_version() -> tuple[int, int]: ...
 def driver_version() -> tuple[int, int]: ...
@@ -35,14 +37,20 @@ def sequence_forward(
 def dpo_forward(
     rows: _Tuple,
     seqs: _Tuple,
+    pairs_spec: _Tuple,
     loss_spec: _Tuple,
     stream: int,
     device: int,
     scratch: int,
+    wpo: bool,
     ref_logps: int,
     ref_double: bool,
     logps: int,
     stats: int,
+    entropy: int,
+    mean_logits: int,
+    is_top1: int,
+    log_sum_sq_probs: int,
     seq_logps: int,
     loss: int,
     losses: int,
@@ -54,7 +62,7 @@ def dpo_forward(
 def backward(
     rows: _Tuple,
     seqs: _Tuple | None,
-    loss_spec: _Tuple | None,
+    pairs_spec: _Tuple | None,
     stream: int,
     device: int,
     scratch: int,
@@ -74,6 +82,7 @@ def backward(
     grad_vocab_stride: int,
 ) -> None: ...
 def preference_forward(
+    pairs_spec: _Tuple,
     loss_spec: _Tuple,
     wide: bool,
     n_seqs: int,
@@ -82,6 +91,7 @@ def preference_forward(
     logps: int,
     ref_logps: int,
     ref_double: bool,
+    lengths: int,
     loss: int,
     losses: int,
     chosen_rewards: int,
@@ -89,7 +99,7 @@ def preference_forward(
     pair_grads: int,
 ) -> None: ...
 def preference_backward(
-    loss_spec: _Tuple,
+    pairs_spec: _Tuple,
     wide: bool,
     n_seqs: int,
     stream: int,

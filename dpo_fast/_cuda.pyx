@@ -8,11 +8,11 @@ in that device's memory (0: absent). What depends on values is not checked here,
 an invalid target or pair gives NaN and reads nothing out of bounds.
 
 `rows` is as in `_cpu`, with one more number at its end: whether the token weights are float64 (else float32). `seqs` is
-(cu_seqlens, n_seqs, average, whether cu_seqlens are int64 (else int32)). `loss` is as in `_cpu`. Reference log-probs
-come with `ref_double`: whether they are float64 (else float32).
+(cu_seqlens, n_seqs, average, whether cu_seqlens are int64 (else int32)). `pairs` and `loss` are as in `_cpu`. Reference
+log-probs come with `ref_double`: whether they are float64 (else float32).
 
-What the CPU's backward works out again is kept by forward here, in `seq_saved` [n_seqs, 2] (float64): by what a sum of
-log-probs is multiplied, and the derivative of the reduced loss.
+What the CPU's backward works out again is kept by forward here, in `seq_saved` [n_seqs, SEQ_SAVED] (float64): by what a
+sum of log-probs is multiplied, the derivative of the reduced loss, and what the loss reads of a sequence.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
@@ -46,9 +46,17 @@ cdef extern from "cuda/launch.h" namespace "dpo_fast" nogil:
         char* data
         int64_t seq_stride, row_stride, vocab_stride
 
+    const int kMaxLossTerms, kLossTypes, kLengths, kSeqSaved
+    int loss_flags(int)
+
     cdef struct LossOptions:
-        int loss_type
-        double beta, label_smoothing
+        int n_terms
+        int* types
+        double* weights
+        double beta, label_smoothing, discopop_tau, simpo_gamma
+        int divergence
+        double alpha, desirable_weight, undesirable_weight, baseline, tokens_per_pair
+        bint average
 
     cdef struct CudaRows:
         const void* logits
@@ -68,8 +76,9 @@ cdef extern from "cuda/launch.h" namespace "dpo_fast" nogil:
     cdef struct CudaPairs:
         const int64_t* pairs
         int64_t n_pairs
-        LossOptions options
-        int32_t mean
+        const double* weights
+        const double* baseline
+        double divisor
 
     cdef struct CudaLosses:
         void* loss
@@ -91,9 +100,11 @@ cdef extern from "cuda/launch.h" nogil:
     int dpo_fast_forward(const CudaRows*, const TokenArrays*, void*, void*)
     int dpo_fast_sequences(const CudaRows*, const CudaSeqs*, const void*, void*, int, double*, void*)
     int dpo_fast_sequences_and_losses(
-        const CudaRows*, const CudaSeqs*, const CudaPairs*, const void*, const void*, int, void*, double*,
+        const CudaRows*, const CudaSeqs*, const CudaPairs*, const LossOptions*, const TokenArrays*, const void*, int,
+        void*, double*, const CudaLosses*, void*)
+    int dpo_fast_losses(
+        const CudaPairs*, const LossOptions*, int, int64_t, const void*, const void*, int, const double*,
         const CudaLosses*, void*)
-    int dpo_fast_losses(const CudaPairs*, int, int64_t, const void*, const void*, int, const CudaLosses*, void*)
     int dpo_fast_losses_backward(
         const CudaPairs*, int, int64_t, const double*, const void*, const void*, void*, void*)
     int dpo_fast_backward(
@@ -110,8 +121,7 @@ cdef extern from *:
     const char* DPO_FAST_CUDA_ARCHS
 
 
-# float64 is LogitType 1 (csrc/cpu/rows.h)
-cdef int kFloat64 = 1
+SEQ_SAVED = kSeqSaved
 
 
 def archs():
@@ -207,13 +217,36 @@ cdef CudaSeqs make_seqs(tuple spec) except *:
     return seqs
 
 
-cdef CudaPairs make_pairs(tuple spec) except *:
+cdef CudaPairs make_pairs(tuple spec, int64_t n_seqs) except *:
     cdef CudaPairs pairs
-    cdef uintptr_t address
-    (address, pairs.n_pairs, pairs.options.loss_type, pairs.options.beta, pairs.options.label_smoothing,
-     pairs.mean) = spec
+    cdef uintptr_t address, weights, baseline
+    address, pairs.n_pairs, weights, baseline, pairs.divisor = spec
     pairs.pairs = <const int64_t*>address
+    pairs.weights = <const double*>weights
+    pairs.baseline = <const double*>baseline
+    if pairs.divisor == 0:
+        pairs.divisor = pairs.n_pairs
+    if pairs.pairs == NULL and 2 * pairs.n_pairs > n_seqs:
+        raise ValueError(f"{pairs.n_pairs} pairs need {2 * pairs.n_pairs} sequences, found {n_seqs}")
     return pairs
+
+
+cdef LossOptions make_loss(tuple spec) except *:
+    cdef LossOptions options
+    cdef int i
+    (types, weights, options.beta, options.label_smoothing, options.discopop_tau, options.simpo_gamma,
+     options.divergence, options.alpha, options.desirable_weight, options.undesirable_weight,
+     options.tokens_per_pair, options.average) = spec
+    if len(types) > kMaxLossTerms or len(types) != len(weights):
+        raise ValueError(f"a loss has up to {kMaxLossTerms} terms with a weight each, found {types} and {weights}")
+    options.n_terms = len(types)
+    options.baseline = 0
+    for i in range(options.n_terms):
+        options.types[i] = types[i]
+        options.weights[i] = weights[i]
+        if not 0 <= options.types[i] < kLossTypes:
+            raise ValueError(f"there is no loss number {options.types[i]}")
+    return options
 
 
 cdef TokenArrays make_arrays(const CudaRows* rows, uintptr_t logps, uintptr_t stats) except *:
@@ -294,34 +327,43 @@ def sequence_forward(
 
 
 def dpo_forward(
-    tuple rows, tuple seqs, tuple loss_spec, uintptr_t stream, int device, uintptr_t scratch, uintptr_t ref_logps,
-    bint ref_double, uintptr_t logps, uintptr_t stats, uintptr_t seq_logps, uintptr_t loss, uintptr_t losses,
-    uintptr_t chosen_rewards, uintptr_t rejected_rewards, uintptr_t pair_grads, uintptr_t seq_saved,
+    tuple rows, tuple seqs, tuple pairs_spec, tuple loss_spec, uintptr_t stream, int device, uintptr_t scratch,
+    bint wpo, uintptr_t ref_logps, bint ref_double, uintptr_t logps, uintptr_t stats, uintptr_t entropy,
+    uintptr_t mean_logits, uintptr_t is_top1, uintptr_t log_sum_sq_probs, uintptr_t seq_logps, uintptr_t loss,
+    uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards, uintptr_t pair_grads, uintptr_t seq_saved,
 ):
-    """Fills logps [rows], stats [rows, 2], seq_logps [n_seqs], loss [], losses and rewards [n_pairs], pair_grads
+    """Fills logps [rows], stats [rows, 2], the other statistics of tokens [rows] that are not 0 (with wpo,
+    log_sum_sq_probs has to be there), seq_logps [n_seqs], loss [], losses and rewards [n_pairs], pair_grads
     [n_pairs, 2] (float64, the derivatives of each pair's loss with respect to its two log-probs) and seq_saved."""
     cdef CudaRows r = make_rows(rows)
     cdef CudaSeqs q = make_seqs(seqs)
-    cdef CudaPairs p = make_pairs(loss_spec)
+    cdef CudaPairs p = make_pairs(pairs_spec, q.n_seqs)
+    cdef LossOptions options = make_loss(loss_spec)
     cdef TokenArrays out = make_outputs(&r, scratch, logps, stats)
     cdef CudaLosses results = make_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
     refuse_null(seq_logps, q.n_seqs, "seq_logps")
     refuse_null(seq_saved, q.n_seqs, "seq_saved")
+    if wpo:
+        refuse_null(log_sum_sq_probs, r.n_rows, "log_sum_sq_probs")
+    out.entropy = <void*>entropy
+    out.mean_logits = <void*>mean_logits
+    out.is_top1 = <uint8_t*>is_top1
+    out.log_sum_sq_probs = <void*>(log_sum_sq_probs if wpo else 0)
     with _OnDevice(device):
         run_forward(&r, &out, scratch, stream)
         check(dpo_fast_sequences_and_losses(
-            &r, &q, &p, <const void*>logps, <const void*>ref_logps, ref_double, <void*>seq_logps, <double*>seq_saved,
+            &r, &q, &p, &options, &out, <const void*>ref_logps, ref_double, <void*>seq_logps, <double*>seq_saved,
             &results, <void*>stream))
 
 
 def backward(
-    tuple rows, tuple seqs, tuple loss_spec, uintptr_t stream, int device, uintptr_t scratch, uintptr_t logps,
+    tuple rows, tuple seqs, tuple pairs_spec, uintptr_t stream, int device, uintptr_t scratch, uintptr_t logps,
     uintptr_t stats, uintptr_t entropy, uintptr_t seq_saved, uintptr_t pair_grads, uintptr_t grad_token_logps,
     uintptr_t grad_entropy, uintptr_t grad_seq_logps, uintptr_t grad_loss, uintptr_t grad_losses,
     uintptr_t grad_logits, int64_t grad_seq_stride, int64_t grad_row_stride, int64_t grad_vocab_stride,
 ):
     """Fills grad_logits (which may be the logits) from what forward left and the incoming gradients of the token
-    log-probs and entropy, of the sequence log-probs (with `seqs`), and of the loss (with `loss_spec`).
+    log-probs and entropy, of the sequence log-probs (with `seqs`), and of the loss (with `pairs_spec`).
 
     seq_saved is read with `seqs`; pair_grads and scratch (float64 [n_seqs]) only with grad_losses."""
     cdef CudaRows r = make_rows(rows)
@@ -336,11 +378,11 @@ def backward(
     if seqs is not None:
         q = make_seqs(seqs)
         refuse_null(seq_saved, q.n_seqs, "seq_saved")
-    if loss_spec is not None:
-        p = make_pairs(loss_spec)
+        if pairs_spec is not None:
+            p = make_pairs(pairs_spec, q.n_seqs)
     if grad_losses:
-        if seqs is None or loss_spec is None:
-            raise ValueError("grad_losses needs seqs and the loss")
+        if seqs is None or pairs_spec is None:
+            raise ValueError("grad_losses needs seqs and pairs")
         refuse_null(pair_grads, p.n_pairs, "pair_grads")
         refuse_null(scratch, q.n_seqs, "scratch")
     saved.entropy = <void*>entropy
@@ -355,30 +397,35 @@ def backward(
     out.vocab_stride = grad_vocab_stride
     with _OnDevice(device):
         check(dpo_fast_backward(
-            &r, &q if seqs is not None else NULL, &p if loss_spec is not None else NULL, &saved,
+            &r, &q if seqs is not None else NULL, &p if pairs_spec is not None else NULL, &saved,
             <const double*>seq_saved, <const double*>pair_grads, &grads, &out, <double*>scratch, <void*>stream))
 
 
 def preference_forward(
-    tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t stream, int device, uintptr_t logps, uintptr_t ref_logps,
-    bint ref_double, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
-    uintptr_t pair_grads,
+    tuple pairs_spec, tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t stream, int device, uintptr_t logps,
+    uintptr_t ref_logps, bint ref_double, uintptr_t lengths, uintptr_t loss, uintptr_t losses,
+    uintptr_t chosen_rewards, uintptr_t rejected_rewards, uintptr_t pair_grads,
 ):
-    """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`."""
-    cdef CudaPairs p = make_pairs(loss_spec)
+    """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`, and the lengths [n_seqs]
+    (float64) where the loss reads them."""
+    cdef CudaPairs p = make_pairs(pairs_spec, n_seqs)
+    cdef LossOptions options = make_loss(loss_spec)
     cdef CudaLosses results = make_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
     refuse_null(logps, n_seqs, "logps")
+    if any(loss_flags(t) & kLengths for t in loss_spec[0]):
+        refuse_null(lengths, n_seqs, "lengths")
     with _OnDevice(device):
         check(dpo_fast_losses(
-            &p, wide, n_seqs, <const void*>logps, <const void*>ref_logps, ref_double, &results, <void*>stream))
+            &p, &options, wide, n_seqs, <const void*>logps, <const void*>ref_logps, ref_double,
+            <const double*>lengths, &results, <void*>stream))
 
 
 def preference_backward(
-    tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t stream, int device, uintptr_t pair_grads,
+    tuple pairs_spec, bint wide, int64_t n_seqs, uintptr_t stream, int device, uintptr_t pair_grads,
     uintptr_t grad_loss, uintptr_t grad_losses, uintptr_t grad_logps,
 ):
     """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses (0: none)."""
-    cdef CudaPairs p = make_pairs(loss_spec)
+    cdef CudaPairs p = make_pairs(pairs_spec, n_seqs)
     refuse_null(pair_grads, p.n_pairs, "pair_grads")
     refuse_null(grad_logps, n_seqs, "grad_logps")
     with _OnDevice(device):

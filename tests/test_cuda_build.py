@@ -108,7 +108,8 @@ def test_no_kernel_spills_or_has_local_memory(cuda):
 
 
 ROWS = (0, 0, 0, 5, 1, 1, 3, 5, 0, 1, 0, 0, -100, 1.0, 1.0, 0.0, False)
-LOSS = (0, 1, 0, 0.1, 0.0, True)
+PAIRS = (0, 1, 0, 0, 0.0)
+LOSS = ((0,), (1.0,), 0.1, 0.0, 0.05, 0.5, 0, 0.5, 1.0, 1.0, 0.0, False)
 
 
 def rows_on_the_host() -> tuple[tuple[object, ...], list[np.ndarray]]:
@@ -123,11 +124,11 @@ def test_null_pointers_are_refused(cuda):
         lambda: cuda.token_forward(ROWS, 0, 0, *[0] * 7),
         lambda: cuda.token_forward(rows, 0, 0, *[0] * 7),
         lambda: cuda.sequence_forward(rows, seqs, 0, 0, 0, 1, 1, 0, False, 0),
-        lambda: cuda.dpo_forward(rows, seqs, LOSS, 0, 0, 0, 0, False, 1, 1, 1, *[0] * 6),
+        lambda: cuda.dpo_forward(rows, seqs, PAIRS, LOSS, 0, 0, 0, False, 0, False, 1, 1, 0, 0, 0, 0, 1, *[0] * 6),
         lambda: cuda.backward(rows, None, None, 0, 0, *[0] * 12, 5, 5, 1),
         lambda: cuda.backward(rows, seqs, None, 0, 0, 0, 1, 1, *[0] * 8, 1, 5, 5, 1),
-        lambda: cuda.preference_forward(LOSS, False, 2, 0, 0, 0, 0, False, *[0] * 5),
-        lambda: cuda.preference_backward(LOSS, False, 2, 0, 0, *[0] * 4),
+        lambda: cuda.preference_forward(PAIRS, LOSS, False, 2, 0, 0, 0, 0, False, 0, *[0] * 5),
+        lambda: cuda.preference_backward(PAIRS, False, 2, 0, 0, *[0] * 4),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="has no memory"):

@@ -25,6 +25,7 @@ from test_kernels import LIMITS
 
 import dpo_fast
 from dpo_fast import reference
+from dpo_fast._loss_options import PAIR_LOSSES
 
 MISSING = list(host.toolchains())
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the CUDA kernels cannot be compiled here: {', '.join(MISSING)}")
@@ -348,6 +349,42 @@ def test_dpo_loss_is_that_of_the_cpu_kernels(kernels, dtype, mean, given_pairs):
         assert_accurate(found, exact, None, dtype, "gradient")
 
 
+OPTIONS = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "sigmoid": {"f_divergence": "js_divergence"}}
+CASES = [*PAIR_LOSSES, ("sigmoid", "sft", "bco_pair"), "wpo"]
+
+
+@pytest.mark.parametrize("loss_type", CASES, ids=str)
+def test_every_loss_is_that_of_the_cpu_kernels(kernels, loss_type):
+    """In a whole step, with weights of pairs; single completions with a side that is absent."""
+    case = make_case("packed", (6, 9, 50), torch.float32)
+    x, n = case.view(case.leaf).detach(), case.n_seqs
+    single, wpo = loss_type in ("kto", "bco"), loss_type == "wpo"
+    name = "sigmoid" if wpo else loss_type
+    options = {"beta": 0.3, **OPTIONS.get(loss_type, {})}
+    average = loss_type in ("simpo", "orpo")
+    ref = None if loss_type in ("simpo", "orpo", "cpo") else torch.randn(n)
+    desirable = torch.arange(n) % 3 != 0
+    pairs = random_pairs(n)
+    if single:
+        numbers, none = torch.arange(n), torch.full((n,), -1)
+        pairs = torch.stack([torch.where(desirable, numbers, none), torch.where(desirable, none, numbers)], -1)
+    baseline = torch.tensor(0.2, dtype=torch.float64) if single else None
+    weights = torch.rand(len(pairs), dtype=torch.float64)
+    y = x.clone().requires_grad_()
+    sides = {"desirable": desirable, "baseline": baseline} if single else {"pairs": pairs, "wpo": wpo}
+    cpu = dpo_fast.dpo_loss(
+        y, case.targets, ref, loss_type=name, cu_seqlens=case.cu_seqlens, pair_weights=weights, **sides, **options
+    )
+    cpu.loss.backward()
+    batch = host.Batch(kernels, x, case.targets, cu_seqlens=case.cu_seqlens, average=average).forward(extras=wpo)
+    out = batch.losses(ref, pairs, loss_type=name, weights=weights, baseline=baseline, wpo=wpo, **options)
+    for key in ("loss", "losses", "chosen_rewards", "rejected_rewards"):
+        expected = getattr(cpu, key).detach().numpy()
+        np.testing.assert_allclose(out[key].numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=key)
+    found = batch.backward(loss=torch.ones(()))
+    np.testing.assert_allclose(found.numpy(), y.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("given_pairs", [False, True])
 def test_losses_from_log_probs(kernels, given_pairs, wide):
@@ -356,10 +393,13 @@ def test_losses_from_log_probs(kernels, given_pairs, wide):
     logps, ref = 5 * torch.randn(S).to(dtype), torch.randn(S, dtype=torch.float64)
     pairs = random_pairs(S) if given_pairs else None
     n_pairs = S // 2 if pairs is None else len(pairs)
-    spec, out = host.make_pairs(pairs, n_pairs), host.loss_arrays(n_pairs, dtype)
+    spec, out = host.make_pairs(n_pairs, True, pairs), host.loss_arrays(n_pairs, dtype)
     arrays = host.Losses(**{k: v.data_ptr() for k, v in out.items()})
-    kernels.call("losses", spec, int(wide), host.c_int64(S), logps, ref, 1, arrays)
-    exact = reference.preference_loss(logps.numpy(), ref.numpy(), pairs=pairs)
+    lengths = torch.randint(1, 50, (S,)).double()
+    loss = host.make_loss(("sigmoid", "sft"))
+    kernels.call("losses", spec, loss, int(wide), host.c_int64(S), logps, ref, 1, lengths, arrays)
+    options = {"pairs": pairs, "loss_type": ("sigmoid", "sft"), "lengths": lengths.numpy()}
+    exact = reference.preference_loss(logps.numpy(), ref.numpy(), **options)
     for name in ("loss", "losses", "chosen_rewards", "rejected_rewards"):
         np.testing.assert_allclose(out[name].numpy(), getattr(exact, name), rtol=1e-6, atol=1e-7, err_msg=name)
     g = torch.randn(n_pairs, dtype=dtype)
@@ -369,7 +409,7 @@ def test_losses_from_log_probs(kernels, given_pairs, wide):
     )
     each = g.double().numpy() + 2 / n_pairs
     exact_grad = reference.preference_loss_grad(
-        logps.numpy(), ref.numpy(), pairs=pairs, reduction="none", grad_losses=each
+        logps.numpy(), ref.numpy(), **options, reduction="none", grad_losses=each
     )
     np.testing.assert_allclose(found.numpy(), exact_grad, rtol=1e-5, atol=1e-7)
 
@@ -379,8 +419,8 @@ def test_pairs_and_offsets_outside_read_nothing(kernels):
     x, targets = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
     cu = torch.tensor([0, 2, 4_000_000])
     batch = host.Batch(kernels, x, targets, cu_seqlens=cu).forward()
-    out = batch.losses(pairs=torch.tensor([[0, 2], [-5, 1], [0, 1]]))
-    assert out["losses"].isnan().tolist() == [True, True, False]
+    out = batch.losses(pairs=torch.tensor([[0, 2], [-5, 1], [0, 1], [-1, 1]]))
+    assert out["losses"].isnan().tolist() == [True, True, False, True]
     assert torch.equal(batch.seq_logps[1], batch.logps[2:].double().sum().float())
 
 

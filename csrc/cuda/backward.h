@@ -14,7 +14,7 @@ struct BackwardArgs {
   GradTensor out;
   Pieces pieces;
   int64_t first_row;        // of this launch
-  const double* seq_saved;  // [n_seqs, 2] factor and dloss/dlogp, null: gradients of tokens only
+  const double* seq_saved;  // [n_seqs, kSeqSaved], null: gradients of tokens only
   const double* seq_grads;  // [n_seqs], null: dloss/dlogp times the gradient of the loss
 };
 
@@ -46,9 +46,9 @@ __device__ inline double row_grad_from_seq(const BackwardArgs& a, int64_t row, b
     g += a.seq_grads[s];
   } else if (a.grads.loss) {
     const double common = load_number(a.grads.loss, 0, wide);
-    if (common != 0) g += common * a.seq_saved[2 * s + 1];  // no gradient, no part in it: a derivative may be NaN
+    if (common != 0) g += common * a.seq_saved[kSeqSaved * s + kSeqGrad];  // no gradient, no part in it: a derivative may be NaN
   }
-  const double factor = a.seq_saved[2 * s];
+  const double factor = a.seq_saved[kSeqSaved * s + kFactor];
   return factor == 0 ? 0 : g * factor * row_weight(a.rows, row);
 }
 

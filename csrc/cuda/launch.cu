@@ -45,16 +45,24 @@ constexpr Launch<BackwardArgs> kBackward[kLogitTypes][2] = {
     {launch_backward<Float16, false>, launch_backward<Float16, true>},
 };
 
-BatchArgs batch_of_rows(const CudaRows* rows, const CudaSeqs* seqs, const void* logps, void* seq_logps,
-                        double* seq_saved) {
+BatchArgs batch_of_rows(const CudaRows* rows, const CudaSeqs* seqs, void* seq_logps, double* seq_saved) {
   BatchArgs a{};
   a.rows = *rows;
   a.seqs = *seqs;
-  a.token_logps = logps;
   a.seq_logps = seq_logps;
   a.seq_saved = seq_saved;
   a.wide = a.seq_logps_double = rows->logit_type == kFloat64;
   return a;
+}
+
+void set_losses(BatchArgs& a, const CudaPairs* pairs, const LossOptions* options, const void* ref_logps, int ref_double,
+                const CudaLosses* out) {
+  a.pairs = *pairs;
+  a.options = *options;
+  a.ref_logps = ref_logps;
+  a.ref_double = ref_double;
+  a.out = *out;
+  for (int i = 0; i < options->n_terms; ++i) a.unpaired = a.unpaired || loss_flags(options->types[i]) & kUnpaired;
 }
 
 }  // namespace
@@ -75,32 +83,32 @@ int dpo_fast_forward(const CudaRows* rows, const TokenArrays* out, void* scratch
 int dpo_fast_sequences(const CudaRows* rows, const CudaSeqs* seqs, const void* logps, void* seq_logps,
                        int seq_logps_double, double* seq_saved, void* stream) {
   if (seqs->n_seqs == 0) return 0;
-  BatchArgs a = batch_of_rows(rows, seqs, logps, seq_logps, seq_saved);
+  BatchArgs a = batch_of_rows(rows, seqs, seq_logps, seq_saved);
+  a.tokens.logps = (void*)logps;
   a.seq_logps_double = a.seq_logps_double || seq_logps_double;
   return launch_batch(a, stream);
 }
 
-int dpo_fast_sequences_and_losses(const CudaRows* rows, const CudaSeqs* seqs, const CudaPairs* pairs, const void* logps,
-                                  const void* ref_logps, int ref_double, void* seq_logps, double* seq_saved,
-                                  const CudaLosses* out, void* stream) {
-  BatchArgs a = batch_of_rows(rows, seqs, logps, seq_logps, seq_saved);
-  a.pairs = *pairs;
-  a.ref_logps = ref_logps;
-  a.ref_double = ref_double;
-  a.out = *out;
+int dpo_fast_sequences_and_losses(const CudaRows* rows, const CudaSeqs* seqs, const CudaPairs* pairs,
+                                  const LossOptions* options, const TokenArrays* tokens, const void* ref_logps,
+                                  int ref_double, void* seq_logps, double* seq_saved, const CudaLosses* out,
+                                  void* stream) {
+  BatchArgs a = batch_of_rows(rows, seqs, seq_logps, seq_saved);
+  a.tokens = *tokens;
+  a.wpo = tokens->log_sum_sq_probs != nullptr;
+  set_losses(a, pairs, options, ref_logps, ref_double, out);
   return launch_batch(a, stream);
 }
 
-int dpo_fast_losses(const CudaPairs* pairs, int wide, int64_t n_seqs, const void* logps, const void* ref_logps,
-                    int ref_double, const CudaLosses* out, void* stream) {
+int dpo_fast_losses(const CudaPairs* pairs, const LossOptions* options, int wide, int64_t n_seqs, const void* logps,
+                    const void* ref_logps, int ref_double, const double* lengths, const CudaLosses* out,
+                    void* stream) {
   BatchArgs a{};
   a.seqs.n_seqs = n_seqs;
-  a.pairs = *pairs;
   a.logps = logps;
-  a.ref_logps = ref_logps;
-  a.ref_double = ref_double;
+  a.lengths = lengths;
   a.wide = wide;
-  a.out = *out;
+  set_losses(a, pairs, options, ref_logps, ref_double, out);
   return launch_batch(a, stream);
 }
 

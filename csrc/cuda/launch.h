@@ -32,12 +32,13 @@ struct CudaSeqs {
   int32_t average;   // by the sum of the weights
 };
 
-// Which sequences a pair is made of, and the loss of a pair.
+// Which sequences a pair is made of, and how pairs add up.
 struct CudaPairs {
-  const int64_t* pairs;  // [n_pairs, 2], null: first half chosen, second half rejected
+  const int64_t* pairs;  // [n_pairs, 2], null: first half chosen, second half rejected; -1 in it: no such side
   int64_t n_pairs;
-  LossOptions options;
-  int32_t mean;  // reduce by mean, else by sum
+  const double* weights;   // [n_pairs], null: 1
+  const double* baseline;  // [], null: that of the options
+  double divisor;          // of the sum over pairs
 };
 
 // What the losses leave, [n_pairs] or [n_pairs, 2]; `wide` types but for pair_grads.
@@ -58,6 +59,10 @@ struct CudaGrads {
   const void* losses;         // [n_pairs]
 };
 
+// Columns of seq_saved: by what a sum of log-probs is multiplied (`average`), dloss/dlogp of the reduced loss, and what
+// only the losses read: the number of targets and the weight of WPO.
+enum SeqSaved { kFactor, kSeqGrad, kLength, kSeqWeight, kSeqSaved };
+
 }  // namespace dpo_fast
 
 extern "C" {
@@ -67,20 +72,21 @@ int64_t dpo_fast_forward_scratch_bytes(const dpo_fast::CudaRows* rows);
 // Fills the arrays of `out` that are not null; logps and stats always are there.
 int dpo_fast_forward(const dpo_fast::CudaRows* rows, const dpo_fast::TokenArrays* out, void* scratch, void* stream);
 
-// seq_logps [n_seqs] from token log-probs; seq_saved [n_seqs, 2] (float64) keeps what backward needs: the factor of
-// `average` and, with pairs, dloss/dlogp of the reduced loss.
+// seq_logps [n_seqs] from token log-probs. seq_saved [n_seqs, kSeqSaved] (float64) keeps what backward needs.
 int dpo_fast_sequences(const dpo_fast::CudaRows* rows, const dpo_fast::CudaSeqs* seqs, const void* logps,
                        void* seq_logps, int seq_logps_double, double* seq_saved, void* stream);
 
 // The same, the losses and their derivatives in one launch. ref_logps [n_seqs]: float64 if ref_double, null: none.
+// tokens->log_sum_sq_probs not null: each pair weighs as in WPO (Zhou et al. 2024, arXiv:2406.11827, eq. 2).
 int dpo_fast_sequences_and_losses(const dpo_fast::CudaRows* rows, const dpo_fast::CudaSeqs* seqs,
-                                  const dpo_fast::CudaPairs* pairs, const void* logps, const void* ref_logps,
-                                  int ref_double, void* seq_logps, double* seq_saved, const dpo_fast::CudaLosses* out,
-                                  void* stream);
+                                  const dpo_fast::CudaPairs* pairs, const dpo_fast::LossOptions* options,
+                                  const dpo_fast::TokenArrays* tokens, const void* ref_logps, int ref_double,
+                                  void* seq_logps, double* seq_saved, const dpo_fast::CudaLosses* out, void* stream);
 
-// The losses alone, from log-probs [n_seqs].
-int dpo_fast_losses(const dpo_fast::CudaPairs* pairs, int wide, int64_t n_seqs, const void* logps,
-                    const void* ref_logps, int ref_double, const dpo_fast::CudaLosses* out, void* stream);
+// The losses alone, from log-probs [n_seqs]; lengths [n_seqs] (float64) where the loss reads them.
+int dpo_fast_losses(const dpo_fast::CudaPairs* pairs, const dpo_fast::LossOptions* options, int wide, int64_t n_seqs,
+                    const void* logps, const void* ref_logps, int ref_double, const double* lengths,
+                    const dpo_fast::CudaLosses* out, void* stream);
 
 // grad_logps [n_seqs] from the incoming gradients of loss and losses.
 int dpo_fast_losses_backward(const dpo_fast::CudaPairs* pairs, int wide, int64_t n_seqs, const double* pair_grads,

@@ -7,20 +7,23 @@
 
 namespace dpo_fast {
 
-constexpr int kBatchThreads = 512;
+constexpr int kBatchThreads = 384;
 constexpr int kBatchWarps = kBatchThreads / kWarp;
 
 struct BatchArgs {
   CudaRows rows;
   CudaSeqs seqs;
   CudaPairs pairs;
-  const void* token_logps;  // [rows]
-  const void* logps;        // [n_seqs], null: the sums of token_logps
-  const void* ref_logps;    // [n_seqs], null: none
-  void* seq_logps;          // [n_seqs]
-  double* seq_saved;        // [n_seqs, 2]
-  CudaLosses out;           // loss null: sequences only
+  LossOptions options;
+  TokenArrays tokens;
+  const void* logps;      // [n_seqs], null: the sums of tokens.logps
+  const void* ref_logps;  // [n_seqs], null: none
+  const double* lengths;  // [n_seqs], null: counted, if logps are
+  void* seq_logps;        // [n_seqs]
+  double* seq_saved;      // [n_seqs, kSeqSaved]
+  CudaLosses out;         // loss null: sequences only
   bool wide, ref_double, seq_logps_double;
+  bool wpo, unpaired;
 };
 
 struct SeqGradArgs {

@@ -10,18 +10,19 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_double, c_int32, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_fast import _checks
+from dpo_fast import _checks, _loss_options
 from dpo_fast._checks import LogitOptions
 from dpo_fast._sequences import wide_type
 from dpo_fast.ops import LOGIT_TYPES
 
+SEQ_SAVED = 4  # enum SeqSaved in csrc/cuda/launch.h
 ROOT = Path(__file__).parents[2]
 # the sanitized library is built with more of them (test_cuda_host.py)
 FLAGS = os.environ.get("DPO_FAST_CUDA_HOST_FLAGS", "-O2").split()
@@ -89,11 +90,25 @@ class Seqs(_Struct):
 
 
 class LossOptions(_Struct):
-    _fields_ = [("loss_type", ctypes.c_int), ("beta", c_double), ("label_smoothing", c_double)]
+    _fields_ = [
+        ("n_terms", c_int),
+        ("types", c_int * 8),
+        ("weights", c_double * 8),
+        *[(n, c_double) for n in ("beta", "label_smoothing", "discopop_tau", "simpo_gamma")],
+        ("divergence", c_int),
+        *[(n, c_double) for n in ("alpha", "desirable_weight", "undesirable_weight", "baseline", "tokens_per_pair")],
+        ("average", c_bool),
+    ]
 
 
 class Pairs(_Struct):
-    _fields_ = [("pairs", c_void_p), ("n_pairs", c_int64), ("options", LossOptions), ("mean", c_int32)]
+    _fields_ = [
+        ("pairs", c_void_p),
+        ("n_pairs", c_int64),
+        ("weights", c_void_p),
+        ("baseline", c_void_p),
+        ("divisor", c_double),
+    ]
 
 
 class Losses(_Struct):
@@ -202,22 +217,36 @@ class Batch:
         return self
 
     def sequences(self, double: bool = False) -> Tensor:
-        self.seq_saved = self.new(self.n_seqs, 2, dtype=torch.float64)
+        self.seq_saved = self.new(self.n_seqs, SEQ_SAVED, dtype=torch.float64)
         sums = self.new(self.n_seqs, dtype=torch.float64 if double else None)
         self.kernels.call("sequences", self.rows, self.seqs, self.logps, sums, int(double), self.seq_saved)
         return sums
 
-    def losses(self, ref: Tensor | None = None, pairs: Tensor | None = None, **options: Any) -> dict[str, Tensor]:
+    def losses(
+        self,
+        ref: Tensor | None = None,
+        pairs: Tensor | None = None,
+        *,
+        mean: bool = True,
+        weights: Tensor | None = None,
+        baseline: Tensor | None = None,
+        wpo: bool = False,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """options: of make_loss."""
         n_pairs = self.n_seqs // 2 if pairs is None else len(pairs)
-        self.pairs_alive = pairs
-        self.pairs = make_pairs(pairs, n_pairs, **options)
+        self.pairs_alive = (pairs, weights, baseline)
+        self.pairs = make_pairs(n_pairs, mean, *self.pairs_alive)
         out = loss_arrays(n_pairs, self.wide)
         self.pair_grads = out["pair_grads"]
-        self.seq_logps, self.seq_saved = self.new(self.n_seqs), self.new(self.n_seqs, 2, dtype=torch.float64)
+        self.seq_logps, self.seq_saved = self.new(self.n_seqs), self.new(self.n_seqs, SEQ_SAVED, dtype=torch.float64)
+        tokens = TokenArrays(logps=self.logps.data_ptr())
+        if wpo:
+            tokens.log_sum_sq_probs = self.log_sum_sq_probs.data_ptr()
         ref_double = ref is not None and ref.dtype is torch.float64
         arrays = Losses(**{k: v.data_ptr() for k, v in out.items()})
-        args = (self.rows, self.seqs, self.pairs, self.logps, ref, int(ref_double), self.seq_logps, self.seq_saved)
-        self.kernels.call("sequences_and_losses", *args, arrays)
+        args = (self.rows, self.seqs, self.pairs, make_loss(**options), tokens, ref, int(ref_double), self.seq_logps)
+        self.kernels.call("sequences_and_losses", *args, self.seq_saved, arrays)
         return out
 
     def backward(self, inplace: bool = False, sequences: bool = True, **grads: Tensor | None) -> Tensor:
@@ -248,10 +277,28 @@ class Batch:
 
 
 def make_pairs(
-    pairs: Tensor | None, n_pairs: int, beta: float = 0.1, label_smoothing: float = 0.0, mean: bool = True
+    n_pairs: int,
+    mean: bool = True,
+    pairs: Tensor | None = None,
+    weights: Tensor | None = None,
+    baseline: Tensor | None = None,
 ) -> Pairs:
-    options = LossOptions(loss_type=0, beta=beta, label_smoothing=label_smoothing)
-    return Pairs(pairs=address(pairs), n_pairs=n_pairs, options=options, mean=mean)
+    """What the Cython binding makes of its tuple of the same contents."""
+    return Pairs(
+        pairs=address(pairs),
+        n_pairs=n_pairs,
+        weights=address(weights),
+        baseline=address(baseline),
+        divisor=n_pairs if mean else 1,
+    )
+
+
+def make_loss(loss_type: str | tuple[str, ...] = "sigmoid", **options: Any) -> LossOptions:
+    """The struct for the options of the public functions."""
+    loss = _loss_options.choose_loss(loss_type=loss_type, with_baseline=loss_type in ("kto", "bco"), **options)
+    o = loss.options._asdict()
+    o |= {"types": (c_int * 8)(*o["types"]), "weights": (c_double * 8)(*o["weights"])}
+    return LossOptions(n_terms=len(loss.options.types), **o)
 
 
 def loss_arrays(n_pairs: int, wide: torch.dtype) -> dict[str, Tensor]:
