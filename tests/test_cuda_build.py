@@ -53,7 +53,8 @@ def test_asking_for_cuda_without_nvcc_fails_loudly():
 
 
 @pytest.mark.parametrize(
-    ("env", "reason"), [({"DPO_FAST_CUDA": "0"}, "DPO_FAST_CUDA=0"), (without_nvcc() | {"DPO_FAST_CUDA": ""}, "no nvcc")]
+    ("env", "reason"),
+    [({"DPO_FAST_CUDA": "0"}, "DPO_FAST_CUDA=0"), (without_nvcc() | {"DPO_FAST_CUDA": ""}, "no nvcc")],
 )
 def test_the_build_says_that_it_leaves_cuda_out(env, reason):
     run = setup_py(**env)

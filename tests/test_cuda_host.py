@@ -349,7 +349,11 @@ def test_dpo_loss_is_that_of_the_cpu_kernels(kernels, dtype, mean, given_pairs):
         assert_accurate(found, exact, None, dtype, "gradient")
 
 
-OPTIONS = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2}, "sigmoid": {"f_divergence": "js_divergence"}}
+OPTIONS = {
+    "exo_pair": {"label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.2},
+    "sigmoid": {"f_divergence": "js_divergence"},
+}
 CASES = [*PAIR_LOSSES, ("sigmoid", "sft", "bco_pair"), "wpo"]
 
 
@@ -437,7 +441,9 @@ def test_under_sanitizers():
     """The same, in part, under the address and undefined-behaviour sanitizers."""
     sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
     libraries = [
-        subprocess.run(["gcc", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["gcc", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan", "libubsan")
     ]
     if not all(os.path.isabs(path) for path in libraries):
@@ -448,8 +454,7 @@ def test_under_sanitizers():
         "DPO_FAST_CUDA_HOST_FLAGS": sanitize,
     }
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        + [__file__, "-k", SANITIZED_PART],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", SANITIZED_PART],
         capture_output=True,
         text=True,
         env={**os.environ, **env},

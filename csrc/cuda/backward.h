@@ -46,7 +46,8 @@ __device__ inline double row_grad_from_seq(const BackwardArgs& a, int64_t row, b
     g += a.seq_grads[s];
   } else if (a.grads.loss) {
     const double common = load_number(a.grads.loss, 0, wide);
-    if (common != 0) g += common * a.seq_saved[kSeqSaved * s + kSeqGrad];  // no gradient, no part in it: a derivative may be NaN
+    if (common != 0)
+      g += common * a.seq_saved[kSeqSaved * s + kSeqGrad];  // no gradient, no part in it: a derivative may be NaN
   }
   const double factor = a.seq_saved[kSeqSaved * s + kFactor];
   return factor == 0 ? 0 : g * factor * row_weight(a.rows, row);
@@ -86,8 +87,7 @@ struct PieceGrad {
     const RowGrad r = row_grad(shift, inv_sum, load_number(a.saved.entropy, row, kWide), g,
                                load_number(a.grads.token_entropy, row, kWide));
     // entropy_coef is that of t, whose unit differs from that of d
-    return {(Compute)shift, (Compute)(r.coef * slope),
-            (Compute)(r.entropy_coef * slope / Exponential<Compute>::kScale),
+    return {(Compute)shift, (Compute)(r.coef * slope), (Compute)(r.entropy_coef * slope / Exponential<Compute>::kScale),
             (Compute)(r.mean_d * Exponential<Compute>::kScale)};
   }
 
@@ -100,8 +100,7 @@ struct PieceGrad {
     }
     const Compute t = (y - c.shift) * transform.factor;
     Compute factor = c.coef;
-    if constexpr (kEntropy)
-      factor = fma(c.entropy_coef, larger(t, Exponential<Compute>::kLow) - c.mean_t, factor);
+    if constexpr (kEntropy) factor = fma(c.entropy_coef, larger(t, Exponential<Compute>::kLow) - c.mean_t, factor);
     Compute dz = Exponential<Compute>::of(t) * factor;
     if constexpr (kCapped) dz *= slope;
     return dz;
@@ -126,8 +125,8 @@ struct PieceGrad {
     double slope = unit_scale(a.rows.transform);
     if constexpr (kCapped) {
       // z from its log-prob: the logit may be overwritten by now
-      const double z = load_number(a.saved.stats, 2 * row, kWide) + logp -
-                       log(load_number(a.saved.stats, 2 * row + 1, kWide));
+      const double z =
+          load_number(a.saved.stats, 2 * row, kWide) + logp - log(load_number(a.saved.stats, 2 * row + 1, kWide));
       const LogitTransform& t = a.rows.transform;
       const double u = z * t.temperature / t.softcap;
       slope = t.logit_scale / t.temperature * (1 - u * u);
@@ -239,9 +238,9 @@ int launch_backward(BackwardArgs a, void* stream) {
 }
 
 // `declaration` is `template` in the one file that compiles a type's kernels, `extern template` where they are used.
-#define DPO_FAST_ROW_KERNELS(declaration, T)                            \
-  declaration int launch_forward<T, false>(ForwardArgs, void*);  \
-  declaration int launch_forward<T, true>(ForwardArgs, void*);   \
+#define DPO_FAST_ROW_KERNELS(declaration, T)                      \
+  declaration int launch_forward<T, false>(ForwardArgs, void*);   \
+  declaration int launch_forward<T, true>(ForwardArgs, void*);    \
   declaration int launch_backward<T, false>(BackwardArgs, void*); \
   declaration int launch_backward<T, true>(BackwardArgs, void*);
 

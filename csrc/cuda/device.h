@@ -391,7 +391,8 @@ struct Stretch {
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
-      if (j + i * kRowThreads < n_whole) v[i] = aligned() ? whole(j + i * kRowThreads) : straddling(j + i * kRowThreads);
+      if (j + i * kRowThreads < n_whole)
+        v[i] = aligned() ? whole(j + i * kRowThreads) : straddling(j + i * kRowThreads);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
       if (j + i * kRowThreads >= n_whole) v[i] = gathered(j + i * kRowThreads);

@@ -20,10 +20,10 @@ template <class T, bool kCapped>
 struct ThreadSums {
   using Compute = typename T::Compute;
   Compute shift;
-  Compute max;                     // of the raw logits
-  Compute sum[2];                  // two chains of additions
-  Compute sum_et, sum_sq, sum_z;   // t: the exponential's argument; z / kMeanScale
-  Vec16 top;                       // the first vector that holds max
+  Compute max;                    // of the raw logits
+  Compute sum[2];                 // two chains of additions
+  Compute sum_et, sum_sq, sum_z;  // t: the exponential's argument; z / kMeanScale
+  Vec16 top;                      // the first vector that holds max
   int top_index;
 
   __device__ explicit ThreadSums(const Transform<Compute, kCapped>& transform)
@@ -122,8 +122,7 @@ __device__ inline RowPart warp_part(const ThreadSums<T, kCapped>& s,
                                     const Transform<typename T::Compute, kCapped>& transform, int64_t piece_start) {
   using Compute = typename T::Compute;
   const Compute shift = warp_max(s.shift);
-  const Compute d =
-      s.shift == shift ? 0 : larger((s.shift - shift) * transform.factor, Exponential<Compute>::kLow);
+  const Compute d = s.shift == shift ? 0 : larger((s.shift - shift) * transform.factor, Exponential<Compute>::kLow);
   const Compute f = Exponential<Compute>::of(d);
   const Compute sum = s.sum[0] + s.sum[1];
   RowPart part = empty_part();
@@ -234,15 +233,14 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) forward_kernel(For
     const int64_t start = (first + i) * a.pieces.size, rest = a.rows.vocab - start;
     const int n = (int)(rest < a.pieces.size ? rest : a.pieces.size);
     ThreadSums<T, kCapped> sums(transform);
-    add_stretch<T, kCapped, kExtras>(
-        Stretch<T, false>(x + start * a.rows.vocab_stride, a.rows.vocab_stride, n, rest), transform, sums);
+    add_stretch<T, kCapped, kExtras>(Stretch<T, false>(x + start * a.rows.vocab_stride, a.rows.vocab_stride, n, rest),
+                                     transform, sums);
     const RowPart part = warp_part<T, kCapped, kExtras>(sums, transform, start);
     if (lane == 0) warp_parts[i * kRowWarps + warp] = part;
   }
   __syncthreads();
   for (int i = warp; i < count; i += kRowWarps) {
-    const RowPart part =
-        merge_lanes(lane < kRowWarps ? warp_parts[i * kRowWarps + lane] : empty_part(), unit, kExtras);
+    const RowPart part = merge_lanes(lane < kRowWarps ? warp_parts[i * kRowWarps + lane] : empty_part(), unit, kExtras);
     if (lane == 0) (split ? a.parts[row * a.pieces.count + first] : piece_parts[i]) = part;
   }
   if (split) return;

@@ -1,7 +1,6 @@
 // The launchers of launch.h: which kernel a call takes and with which grid.
-#include "launch.h"
-
 #include "backward.h"
+#include "launch.h"
 #include "losses.h"
 
 namespace dpo_fast {
@@ -101,8 +100,7 @@ int dpo_fast_sequences_and_losses(const CudaRows* rows, const CudaSeqs* seqs, co
 }
 
 int dpo_fast_losses(const CudaPairs* pairs, const LossOptions* options, int wide, int64_t n_seqs, const void* logps,
-                    const void* ref_logps, int ref_double, const double* lengths, const CudaLosses* out,
-                    void* stream) {
+                    const void* ref_logps, int ref_double, const double* lengths, const CudaLosses* out, void* stream) {
   BatchArgs a{};
   a.seqs.n_seqs = n_seqs;
   a.logps = logps;

@@ -1,7 +1,6 @@
 // Sequence sums, the preference loss with its derivatives, and gradients of pairs to sequences.
-#include "losses.h"
-
 #include "backward.h"
+#include "losses.h"
 
 namespace dpo_fast {
 namespace {

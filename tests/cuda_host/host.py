@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from dpo_fast import _checks, _loss_options
-from dpo_fast._checks import LogitOptions
 from dpo_fast._sequences import wide_type
 from dpo_fast.ops import LOGIT_TYPES
 
@@ -30,12 +29,12 @@ FLAGS = os.environ.get("DPO_FAST_CUDA_HOST_FLAGS", "-O2").split()
 
 def include_folder() -> Path | None:
     """Where CUDA's headers are, if anywhere."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and subprocess.run([nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, check=False).stderr]
-    candidates = [Path(homes[0]) / "include"] if homes[0] else []
-    if homes[1]:
-        candidates += [Path(line.split("=", 1)[1].strip()) / "include" for line in homes[1].splitlines() if "TOP=" in line]
-    return next((c for c in candidates if (c / "cuda_bf16.h").exists()), None)
+    homes = [os.environ.get("CUDA_HOME", "")]
+    if (nvcc := shutil.which("nvcc")) is not None:
+        run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        homes += [line.split("=", 1)[1].strip() for line in run.stderr.splitlines() if line.startswith("#$ TOP=")]
+    folders = [Path(home) / "include" for home in homes if home]
+    return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
 
 
 def build(include: Path) -> Path:
@@ -253,9 +252,7 @@ class Batch:
         x = self.logits
         grad = x if inplace else torch.full_like(x, 77, memory_format=torch.contiguous_format)
         layout = _checks.row_layout(grad.shape, grad.stride())
-        saved = TokenArrays(
-            logps=self.logps.data_ptr(), stats=self.stats.data_ptr(), entropy=address(self.entropy)
-        )
+        saved = TokenArrays(logps=self.logps.data_ptr(), stats=self.stats.data_ptr(), entropy=address(self.entropy))
         self.kernels.call(
             "backward",
             self.rows,
