@@ -107,18 +107,19 @@ def test_rows_of_several_pieces(kernels, dtype, transform):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_depends_on_itself_alone(kernels, dtype):
     """Bitwise the same whole or cut, at any alignment, with any stride."""
-    V = 20011
+    V = 50003  # 4 pieces
     x = (3 * torch.randn(2, 1, V)).to(dtype)
     targets = torch.tensor([[5], [V - 1]])
     for extras in (False, True):
         cut = host.Batch(kernels, x, targets).forward(extras)
-        # so many rows that a block takes a whole one; all but two are ignored, all lie in the same memory
-        many = torch.full((2, 2048), -100)
-        many[:, 7:8] = targets
-        whole = host.Batch(kernels, x.expand(2, 2048, V), many).forward(extras)
-        assert torch.equal(cut.logps, whole.logps[:, 7:8])
-        assert torch.equal(cut.stats, whole.stats[:, 7:8])
-        assert (whole.logps[:, 8:] == 0).all()
+        # so many rows that a block takes two pieces, or all; all rows but two are ignored, all lie in the same memory
+        for T in (512, 1024):
+            many = torch.full((2, T), -100)
+            many[:, 7:8] = targets
+            whole = host.Batch(kernels, x.expand(2, T, V), many).forward(extras)
+            assert torch.equal(cut.logps, whole.logps[:, 7:8])
+            assert torch.equal(cut.stats, whole.stats[:, 7:8])
+            assert (whole.logps[:, 8:] == 0).all()
         views = [torch.zeros(2, 1, V + 16, dtype=dtype)[:, :, i : V + i] for i in range(1, 16 // dtype.itemsize, 3)]
         views += [torch.zeros(2, 1, 2 * V, dtype=dtype)[:, :, ::2]]
         for view in views:

@@ -174,10 +174,11 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
   const int64_t stride = a.rows.vocab_stride, dx_stride = a.out.vocab_stride;
   const int vec_logits = owners.n_vecs * kVecLogits<T>, tail = owners.head + vec_logits;
   const Stretch<T, true> logits(x + owners.head, stride, vec_logits, vec_logits);
+  Vec16 v[kLoads];
+  int j = threadIdx.x;
+  if (j < owners.n_vecs) logits.load_turn(j, v);  // on their way while the coefficients are formed
   const RowCoefs<Compute> c = Piece::coefs(a, row);
-  for (int j = threadIdx.x; j < owners.n_vecs; j += kLoads * kRowThreads) {
-    Vec16 v[kLoads];
-    logits.load_turn(j, v);
+  while (j < owners.n_vecs) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       Compute dz[kVecLogits<T>];
@@ -186,6 +187,8 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
       if (j + i * kRowThreads < owners.n_vecs)
         store_vec<T>(dx + owners.head + (j + i * kRowThreads) * kVecLogits<T>, pack_vec<T>(dz));
     }
+    j += kLoads * kRowThreads;
+    if (j < owners.n_vecs) logits.load_turn(j, v);
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < owners.head; i += kRowThreads)
@@ -196,7 +199,14 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
 }
 
 template <class T, bool kCapped, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) backward_kernel(BackwardArgs a) {
+constexpr int kBackwardBlocks = T::kType == kFloat64 ? 1
+                                : !kEntropy          ? 4
+                                : kCapped            ? 2
+                                                     : 3;
+
+template <class T, bool kCapped, bool kEntropy>
+__global__ void __launch_bounds__(kRowThreads, (kBackwardBlocks<T, kCapped, kEntropy>))
+    backward_kernel(BackwardArgs a) {
   using Storage = typename T::Storage;
   const int64_t row = a.first_row + blockIdx.x, start = blockIdx.y * a.pieces.size, rest = a.rows.vocab - start;
   const int n = (int)(rest < a.pieces.size ? rest : a.pieces.size);

@@ -1,6 +1,6 @@
 // The forward row kernel: one read of each kept row. A row is cut into pieces by V alone (device.h); a block takes a
-// whole row, or one piece when the rows are few. Either way a piece's sums come from the same threads in the same
-// order, and pieces merge in the same tree, so that both ways give the same bits.
+// whole row, or some of its pieces when the rows are few. Either way a piece's sums come from the same threads in the
+// same order, and pieces merge in the same tree, so that both ways give the same bits.
 #pragma once
 
 #include "device.h"
@@ -12,6 +12,7 @@ struct ForwardArgs {
   TokenArrays out;
   RowPart* parts;  // [rows, pieces], null: a block takes a whole row
   Pieces pieces;
+  int pieces_per_block;
   int64_t first_row;  // of this launch
 };
 
@@ -210,11 +211,13 @@ __device__ inline void finish_ignored_row(const CudaRows& rows, int64_t row, con
 }
 
 // Blocks per multiprocessor that the registers must allow: as many as go without spilling.
-template <class T>
-constexpr int kRowBlocks = T::kType == kFloat64 ? 1 : 4;
+template <class T, bool kLarge>
+constexpr int kRowBlocks = T::kType == kFloat64 ? 1
+                           : kLarge             ? 3
+                                                : 4;
 
 template <class T, bool kCapped, bool kExtras>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) forward_kernel(ForwardArgs a) {
+__global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kCapped, kExtras>)) forward_kernel(ForwardArgs a) {
   __shared__ RowPart warp_parts[kMaxPieces * kRowWarps];
   __shared__ RowPart piece_parts[kMaxPieces];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -222,7 +225,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) forward_kernel(For
   const Transform<typename T::Compute, kCapped> transform(a.rows.transform);
   const double unit = unit_scale(a.rows.transform);
   const int64_t row = a.first_row + blockIdx.x;
-  const int first = blockIdx.y, count = split ? 1 : a.pieces.count;
+  const int first = blockIdx.y * a.pieces_per_block, left = a.pieces.count - first;
+  const int count = left < a.pieces_per_block ? left : a.pieces_per_block;
   if (row_state_of(a.rows, row) == kIgnored) {
     if (!split && warp == 0) finish_ignored_row(a.rows, row, a.out, lane);
     return;
@@ -241,7 +245,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) forward_kernel(For
   __syncthreads();
   for (int i = warp; i < count; i += kRowWarps) {
     const RowPart part = merge_lanes(lane < kRowWarps ? warp_parts[i * kRowWarps + lane] : empty_part(), unit, kExtras);
-    if (lane == 0) (split ? a.parts[row * a.pieces.count + first] : piece_parts[i]) = part;
+    if (lane == 0) (split ? a.parts[row * a.pieces.count + first + i] : piece_parts[i]) = part;
   }
   if (split) return;
   __syncthreads();
@@ -280,7 +284,7 @@ template <class T, bool kCapped>
 int launch_forward(ForwardArgs a, void* stream) {
   const bool extras = a.out.entropy || a.out.mean_logits || a.out.is_top1 || a.out.log_sum_sq_probs;
   auto* kernel = extras ? forward_kernel<T, kCapped, true> : forward_kernel<T, kCapped, false>;
-  const unsigned split = a.parts ? a.pieces.count : 1;
+  const unsigned split = (a.pieces.count + a.pieces_per_block - 1) / a.pieces_per_block;
   const int status = launch_all(a.rows.n_rows, [&](int64_t first, unsigned blocks) {
     a.first_row = first;
     return DPO_FAST_LAUNCH(kernel, dim3(blocks, split), kRowThreads, stream, a);

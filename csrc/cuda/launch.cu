@@ -12,13 +12,21 @@ DPO_FAST_ROW_KERNELS(extern template, Float16)
 
 namespace {
 
-// Below this many rows a block takes one piece of a row: enough blocks to fill any GPU several times over, so that the
-// last wave of blocks costs little.
-constexpr int64_t kSplitRows = 4096;
+// As many blocks of the forward kernel there should be: enough to fill a large GPU a few times over, so that the last
+// blocks to run cost little, and not more, because each begins and ends with some microseconds of waiting.
+constexpr int64_t kEnoughBlocks = 2048;
 // Positions within a piece are 32-bit numbers.
 constexpr int64_t kMaxVocab = (int64_t)1 << 34;
 
-bool is_split(const CudaRows& rows) { return rows.n_rows < kSplitRows && pieces_of(rows.vocab).count > 1; }
+// How many of a row's pieces a block takes.
+int pieces_per_block(const CudaRows& rows) {
+  const int pieces = pieces_of(rows.vocab).count;
+  if (rows.n_rows >= kEnoughBlocks) return pieces;
+  const int64_t share = rows.n_rows * pieces / kEnoughBlocks;
+  return share > 1 ? (int)share : 1;
+}
+
+bool is_split(const CudaRows& rows) { return pieces_per_block(rows) < pieces_of(rows.vocab).count; }
 
 // Calls `launch<T, kCapped>(args, stream)`, or another function of that form, for the rows' type and transform.
 template <class Args>
@@ -75,7 +83,8 @@ int64_t dpo_fast_forward_scratch_bytes(const CudaRows* rows) {
 
 int dpo_fast_forward(const CudaRows* rows, const TokenArrays* out, void* scratch, void* stream) {
   if (rows->n_rows == 0) return 0;
-  const ForwardArgs a{*rows, *out, is_split(*rows) ? (RowPart*)scratch : nullptr, pieces_of(rows->vocab), 0};
+  RowPart* parts = is_split(*rows) ? (RowPart*)scratch : nullptr;
+  const ForwardArgs a{*rows, *out, parts, pieces_of(rows->vocab), pieces_per_block(*rows), 0};
   return launch_for(*rows, kForward, a, stream);
 }
 
