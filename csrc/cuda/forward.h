@@ -211,13 +211,13 @@ __device__ inline void finish_ignored_row(const CudaRows& rows, int64_t row, con
 }
 
 // Blocks per multiprocessor that the registers must allow: as many as go without spilling.
-template <class T, bool kLarge>
-constexpr int kRowBlocks = T::kType == kFloat64 ? 1
-                           : kLarge             ? 3
-                                                : 4;
+template <class T, bool kExtras>
+constexpr int kForwardBlocks = T::kType == kFloat64 ? 1
+                               : kExtras            ? 3
+                                                    : 4;
 
 template <class T, bool kCapped, bool kExtras>
-__global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kCapped, kExtras>)) forward_kernel(ForwardArgs a) {
+__global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kExtras>)) forward_kernel(ForwardArgs a) {
   __shared__ RowPart warp_parts[kMaxPieces * kRowWarps];
   __shared__ RowPart piece_parts[kMaxPieces];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -79,11 +79,57 @@ __device__ Side side_of(const BatchArgs& a, int64_t s) {
   return side;
 }
 
+// The compiler takes x for a new value.
+__device__ void conceal(double& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+d"(x));
+#endif
+}
+
+// One term of the loss, of a type known to the compiler. What terms have in common is concealed from it: lifted out of
+// the choice between them and the loop over them, it would need more registers than there are.
+template <int kType>
+__device__ PairLoss loss_of_term(Pair pair, const LossOptions& options, double weight) {
+  LossOptions term = options;
+  term.n_terms = 1;
+  term.types[0] = kType;
+  term.weights[0] = weight;
+  if (!(loss_flags(kType) & kDivergence)) term.divergence = kReverseKL;  // not read
+  conceal(pair.chosen.logp);
+  conceal(pair.chosen.ratio);
+  conceal(pair.chosen.length);
+  conceal(pair.rejected.logp);
+  conceal(pair.rejected.ratio);
+  conceal(pair.rejected.length);
+  conceal(term.beta);
+  conceal(term.label_smoothing);
+  return pair_loss(pair, term);
+}
+
+// pair_loss
+__device__ PairLoss loss_of_pair(const Pair& pair, const LossOptions& options) {
+  PairLoss sum = {0, 0, 0};
+#pragma unroll 1
+  for (int i = 0; i < options.n_terms; ++i) {
+    PairLoss part = {NAN, NAN, NAN};
+    switch (options.types[i]) {
+#define DPO_FAST_LOSS(name, flags) \
+  case k_##name: part = loss_of_term<k_##name>(pair, options, options.weights[i]); break;
+      DPO_FAST_LOSSES(DPO_FAST_LOSS)
+#undef DPO_FAST_LOSS
+    }
+    sum.loss += part.loss;
+    sum.d_chosen += part.d_chosen;
+    sum.d_rejected += part.d_rejected;
+  }
+  return sum;
+}
+
 // Writes what belongs to pair p; returns its weighted loss.
 __device__ double lose_pair(const BatchArgs& a, const LossOptions& options, int64_t p) {
   const PairIndex index = pair_index(a.pairs, p);
   const Pair pair = {side_of(a, index.chosen), side_of(a, index.rejected)};
-  const PairLoss result = pair_loss(pair, options);
+  const PairLoss result = loss_of_pair(pair, options);
   double weight = a.pairs.weights ? a.pairs.weights[p] : 1;
   if (a.wpo) weight *= saved_of(a, index.chosen, kSeqWeight) * saved_of(a, index.rejected, kSeqWeight);
   store_number(a.out.losses, p, weight * result.loss, a.wide);
@@ -133,6 +179,7 @@ __global__ void __launch_bounds__(kBatchThreads, 1) batch_kernel(BatchArgs a) {
   if (!a.out.loss) return;
   __syncthreads();
   double tokens = 0;
+#pragma unroll 1
   for (int64_t p = threadIdx.x; p < a.pairs.n_pairs; p += kBatchThreads)
     tokens += length_of(a, pair_index(a.pairs, p).chosen);
   tokens = block_sum(tokens, warp_sums);
@@ -143,6 +190,7 @@ __global__ void __launch_bounds__(kBatchThreads, 1) batch_kernel(BatchArgs a) {
   }
   __syncthreads();
   double total = 0;
+#pragma unroll 1
   for (int64_t p = threadIdx.x; p < a.pairs.n_pairs; p += kBatchThreads) total += lose_pair(a, options, p);
   total = block_sum(total, warp_sums);
   if (threadIdx.x == 0) store_number(a.out.loss, 0, total / a.pairs.divisor, a.wide);

@@ -7,7 +7,7 @@
 
 namespace dpo_fast {
 
-constexpr int kBatchThreads = 384;
+constexpr int kBatchThreads = 256;
 constexpr int kBatchWarps = kBatchThreads / kWarp;
 
 struct BatchArgs {
