@@ -38,7 +38,7 @@ TRANSFORMS = ({}, {"temperature": 0.7, "logit_scale": 1.5}, {"softcap": 5.0}, {"
 SANITIZED_PART = (
     "test_tokens and strided and bfloat16 or test_rows_of_several_pieces and float32 and not softcap or "
     "test_gradient_at_every_alignment and bfloat16 or test_an_invalid_target or test_several_targets and float16 or "
-    "test_sequences and packed and float64 or test_dpo_loss and float32 or test_pairs_and_offsets or test_no_rows"
+    "test_sequences and packed and float64 and True or test_dpo_loss and float32 or test_pairs_and_offsets or test_no_rows"
 )
 
 
