@@ -3,6 +3,10 @@
 import os
 import platform
 import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -23,17 +27,66 @@ CXX_FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno
 CXX_FLAGS += shlex.split(os.environ.get("DPO_FAST_CXXFLAGS", ""))
 LINK_FLAGS = ["-fopenmp", *shlex.split(os.environ.get("DPO_FAST_LDFLAGS", ""))]
 
+LIMITED_API = [("Py_LIMITED_API", "0x030B0000"), ("CYTHON_LIMITED_API", "1")]
 HEADERS = ["csrc/row_math.h", "csrc/preference_loss.h", "csrc/cpu/rows.h", "csrc/cpu/simd.h"]
 ROWS_ISA = "csrc/cpu/rows_isa.cpp"
 
-if os.environ.get("DPO_FAST_CUDA") == "1":
-    raise SystemExit("DPO_FAST_CUDA=1: this version of dpo_fast has no CUDA kernels; unset it or set it to 0")
+# The one that takes longest first, so that the processors end together.
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("losses", "float64", "bfloat16", "float16", "float32", "launch")]
+CUDA_HEADERS = [f"csrc/cuda/{name}.h" for name in ("launch", "device", "forward", "backward", "losses")]
+# Compute capabilities, as far as the nvcc found knows them; the newest also as PTX, for GPUs to come.
+CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
+# As on the CPU: the kernels say themselves where a fused multiply-add stands.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+PTXAS_REPORT = Path("build/ptxas.txt")
+
+
+def find_nvcc():
+    """The nvcc to build with, or None to build without CUDA; prints which. DPO_FAST_CUDA: 1 needs it, 0 skips it."""
+    wanted = os.environ.get("DPO_FAST_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"DPO_FAST_CUDA must be 0, 1 or unset, found {wanted!r}")
+    if wanted == "0":
+        print("dpo_fast: without CUDA kernels (DPO_FAST_CUDA=0)")
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None:
+        where = f"in CUDA_HOME={home}" if home else "on PATH, and CUDA_HOME is not set"
+        if wanted == "1":
+            raise SystemExit(f"DPO_FAST_CUDA=1, but there is no nvcc {where}")
+        print(f"dpo_fast: without CUDA kernels (no nvcc {where})")
+    return nvcc
+
+
+def cuda_archs(nvcc):
+    """Architectures to compile for, by DPO_FAST_CUDA_ARCHS (such as "80;90") or the default."""
+    run = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = [line.removeprefix("compute_") for line in run.stdout.split()]
+    asked = os.environ.get("DPO_FAST_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
+    asked = [arch.removeprefix("sm_").replace(".", "") for arch in asked]
+    unknown = [arch for arch in asked if arch not in known]
+    if unknown:
+        raise SystemExit(f"DPO_FAST_CUDA_ARCHS: {nvcc} does not know {unknown}, only {known}")
+    return asked or [arch for arch in CUDA_ARCHS if arch in known]
+
+
+def cuda_folders(nvcc):
+    """Where this nvcc's headers and libraries are: it knows best itself."""
+    run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    [top] = [line.split("=", 1)[1].strip() for line in run.stderr.splitlines() if line.startswith("#$ TOP=")]
+    libraries = [Path(top, name) for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
+    return str(Path(top, "include")), [str(path) for path in libraries if (path / "libcudart_static.a").exists()]
 
 
 class BuildExt(build_ext):
-    """Compiles rows_isa.cpp once per instruction set and links the objects into the extension."""
+    """Compiles rows_isa.cpp once per instruction set and the .cu files with nvcc, and links them in."""
 
     def build_extension(self, ext):
+        ext.extra_objects = self.cuda_objects(ext) if ext.name.endswith("_cuda") else self.isa_objects(ext)
+        super().build_extension(ext)
+
+    def isa_objects(self, ext):
         objects = []
         for isa, flags in ISA_FLAGS.items():
             [compiled] = self.compiler.compile(
@@ -44,8 +97,30 @@ class BuildExt(build_ext):
                 depends=ext.depends,
             )
             objects.append(compiled)
-        ext.extra_objects = objects
-        super().build_extension(ext)
+        return objects
+
+    def cuda_objects(self, ext):
+        """Compiles the .cu files, as many at a time as there are processors; ptxas's report goes into a file."""
+        archs = cuda_archs(NVCC)
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(source):
+            out = str(folder / Path(source).with_suffix(".o").name)
+            run = subprocess.run(
+                [NVCC, *NVCC_FLAGS, *codes, "-c", source, "-o", out], capture_output=True, text=True, check=False
+            )
+            if run.returncode != 0:
+                raise SystemExit(f"nvcc failed on {source}:\n{run.stdout}{run.stderr}")
+            return out, run.stderr
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(compile_one, CUDA_SOURCES))
+        PTXAS_REPORT.parent.mkdir(exist_ok=True)
+        PTXAS_REPORT.write_text("".join(report for _, report in results))
+        return [out for out, _ in results]
 
 
 cpu = Extension(
@@ -53,15 +128,40 @@ cpu = Extension(
     sources=["dpo_fast/_cpu.pyx", "csrc/cpu/rows.cpp"],
     depends=[*HEADERS, ROWS_ISA],
     include_dirs=["csrc"],
-    define_macros=[("Py_LIMITED_API", "0x030B0000"), ("CYTHON_LIMITED_API", "1")],
+    define_macros=LIMITED_API,
     extra_compile_args=CXX_FLAGS,
     extra_link_args=LINK_FLAGS,
     py_limited_api=True,
     language="c++",
 )
 
+extensions = [cpu]
+NVCC = find_nvcc()
+if NVCC is not None:
+    names = [f"sm_{arch}" for arch in cuda_archs(NVCC)]
+    names.append(names[-1].replace("sm_", "compute_"))
+    print(f"dpo_fast: with CUDA kernels for {', '.join(names)}, by {NVCC}")
+    cuda_include, cuda_libraries = cuda_folders(NVCC)
+    extensions.append(
+        Extension(
+            "dpo_fast._cuda",
+            sources=["dpo_fast/_cuda.pyx"],
+            depends=[*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES],
+            include_dirs=["csrc", cuda_include],
+            library_dirs=cuda_libraries,
+            # the static runtime: no CUDA library need be installed where the package is used
+            libraries=["cudart_static", "dl", "rt", "pthread"],
+            define_macros=[*LIMITED_API, ("DPO_FAST_CUDA_ARCHS", '"' + " ".join(names) + '"')],
+            extra_compile_args=CXX_FLAGS,
+            # its symbols stay inside: another library in the process may bring another version of the runtime
+            extra_link_args=[*LINK_FLAGS, "-Wl,--exclude-libs,ALL"],
+            py_limited_api=True,
+            language="c++",
+        )
+    )
+
 setup(
-    ext_modules=cythonize([cpu], build_dir="build/cython", compiler_directives={"embedsignature": True}),
+    ext_modules=cythonize(extensions, build_dir="build/cython", compiler_directives={"embedsignature": True}),
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

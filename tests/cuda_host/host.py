@@ -1,0 +1,312 @@
+"""The CUDA launchers, compiled for the host with runner.h, as functions of CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_bool, c_double, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_fast import _checks, _loss_options
+from dpo_fast._sequences import wide_type
+from dpo_fast.ops import LOGIT_TYPES
+
+SEQ_SAVED = 4  # enum SeqSaved in csrc/cuda/launch.h
+ROOT = Path(__file__).parents[2]
+# the sanitized library is built with more of them (test_cuda_host.py)
+FLAGS = os.environ.get("DPO_FAST_CUDA_HOST_FLAGS", "-O2").split()
+
+
+def include_folder() -> Path | None:
+    """Where CUDA's headers are, if anywhere."""
+    homes = [os.environ.get("CUDA_HOME", "")]
+    if (nvcc := shutil.which("nvcc")) is not None:
+        run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        homes += [line.split("=", 1)[1].strip() for line in run.stderr.splitlines() if line.startswith("#$ TOP=")]
+    folders = [Path(home) / "include" for home in homes if home]
+    return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
+
+
+def build(include: Path) -> Path:
+    """Compiles csrc/cuda with g++ unless that was done before; the path of the library."""
+    runner = Path(__file__).with_name("runner.h")
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    inputs = [*sources, *sorted((ROOT / "csrc").glob("**/*.h")), runner]
+    key = hashlib.sha256("".join([*FLAGS, str(include), *(p.read_text() for p in inputs)]).encode()).hexdigest()[:16]
+    folder = ROOT / "build/cuda_host"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{key}.so"
+    with (folder / "lock").open("w") as lock:  # of several test processes one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-x", "c++", f"-I{include}", "-include", str(runner)]
+
+            def compile_one(source: Path) -> str:
+                out = str(folder / f"{key}-{source.stem}.o")
+                subprocess.run(["g++", *flags, *FLAGS, "-c", str(source), "-o", out], check=True)
+                return out
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compile_one, sources))
+            partial = str(library) + ".partial"
+            subprocess.run(["g++", "-shared", *FLAGS, *objects, "-o", partial], check=True)
+            os.rename(partial, library)
+    return library
+
+
+class _Struct(ctypes.Structure):
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+
+
+class Transform(_Struct):
+    _fields_ = [("logit_scale", c_double), ("temperature", c_double), ("softcap", c_double)]
+
+
+class Rows(_Struct):
+    _fields_ = [
+        *[(n, c_void_p) for n in ("logits", "targets", "row_mask", "weights")],
+        ("transform", Transform),
+        *[(n, c_int64) for n in ("seq_stride", "row_stride", "vocab_stride", "rows_per_seq", "n_rows", "vocab")],
+        *[(n, c_int64) for n in ("n_targets", "ignore_index")],
+        ("logit_type", c_int32),
+        ("weights_double", c_int32),
+    ]
+
+
+class Seqs(_Struct):
+    _fields_ = [("cu_seqlens", c_void_p), ("n_seqs", c_int64), ("cu_int64", c_int32), ("average", c_int32)]
+
+
+class LossOptions(_Struct):
+    _fields_ = [
+        ("n_terms", c_int),
+        ("types", c_int * 8),
+        ("weights", c_double * 8),
+        *[(n, c_double) for n in ("beta", "label_smoothing", "discopop_tau", "simpo_gamma")],
+        ("divergence", c_int),
+        *[(n, c_double) for n in ("alpha", "desirable_weight", "undesirable_weight", "baseline", "tokens_per_pair")],
+        ("average", c_bool),
+    ]
+
+
+class Pairs(_Struct):
+    _fields_ = [
+        ("pairs", c_void_p),
+        ("n_pairs", c_int64),
+        ("weights", c_void_p),
+        ("baseline", c_void_p),
+        ("divisor", c_double),
+    ]
+
+
+class Losses(_Struct):
+    _fields_ = [(n, c_void_p) for n in ("loss", "losses", "chosen_rewards", "rejected_rewards", "pair_grads")]
+
+
+class TokenArrays(_Struct):
+    _fields_ = [(n, c_void_p) for n in ("logps", "stats", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")]
+
+
+class Grads(_Struct):
+    _fields_ = [(n, c_void_p) for n in ("token_logps", "token_entropy", "seq_logps", "loss", "losses")]
+
+
+class GradTensor(_Struct):
+    _fields_ = [("data", c_void_p), ("seq_stride", c_int64), ("row_stride", c_int64), ("vocab_stride", c_int64)]
+
+
+def address(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.numel() == 0 or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Kernels:
+    """The launchers of csrc/cuda/launch.h."""
+
+    def __init__(self, path: Path) -> None:
+        self.lib = ctypes.CDLL(str(path))
+        self.lib.dpo_fast_forward_scratch_bytes.restype = c_int64
+
+    def call(self, name: str, *args: Any) -> None:
+        def plain(a: Any) -> Any:
+            if isinstance(a, Tensor):
+                return c_void_p(a.data_ptr())
+            return ctypes.byref(a) if isinstance(a, _Struct) else a
+
+        assert getattr(self.lib, f"dpo_fast_{name}")(*map(plain, args), None) == 0
+
+
+class Batch:
+    """Logits with their targets, and what the kernels make of them step by step."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        row_mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        average: bool = False,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float = 0.0,
+    ) -> None:
+        self.kernels, self.logits, self.targets = kernels, logits.detach(), targets.contiguous()
+        self.wide = wide_type(logits.dtype)
+        layout = _checks.row_layout(logits.shape, logits.stride())
+        self.n_targets = targets.shape[-1] if targets.dim() == logits.dim() else 1
+        self.alive = (row_mask, weights, cu_seqlens)
+        self.rows = Rows(
+            logits=logits.data_ptr(),
+            targets=self.targets.data_ptr(),
+            row_mask=address(row_mask),
+            weights=address(weights),
+            transform=Transform(logit_scale=logit_scale, temperature=temperature, softcap=softcap),
+            seq_stride=layout.seq_stride,
+            row_stride=layout.row_stride,
+            vocab_stride=layout.vocab_stride,
+            rows_per_seq=layout.rows_per_seq,
+            n_rows=layout.n_seqs * layout.rows_per_seq,
+            vocab=layout.vocab,
+            n_targets=self.n_targets,
+            ignore_index=ignore_index,
+            logit_type=LOGIT_TYPES[logits.dtype],
+            weights_double=weights is not None and weights.dtype is torch.float64,
+        )
+        self.n_seqs = logits.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        self.seqs = Seqs(
+            cu_seqlens=address(cu_seqlens),
+            n_seqs=self.n_seqs,
+            cu_int64=cu_seqlens is not None and cu_seqlens.dtype is torch.int64,
+            average=average,
+        )
+        self.entropy: Tensor | None = None
+        self.pairs: Pairs | None = None
+        self.pair_grads: Tensor | None = None
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory in which nothing that was not written looks right."""
+        return torch.full(shape, 77, dtype=dtype or self.wide)
+
+    def forward(self, extras: bool = False) -> Batch:
+        lead, shape = self.logits.shape[:-1], self.targets.shape
+        self.logps, self.stats = self.new(*shape), self.new(*lead, 2)
+        out = TokenArrays(logps=self.logps.data_ptr(), stats=self.stats.data_ptr())
+        if extras:
+            self.entropy, self.mean_logits, self.log_sum_sq_probs = (self.new(*lead) for _ in range(3))
+            self.is_top1 = self.new(*shape, dtype=torch.uint8)
+            for name in ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1"):
+                setattr(out, name, getattr(self, name).data_ptr())
+        n_bytes = self.kernels.lib.dpo_fast_forward_scratch_bytes(ctypes.byref(self.rows))
+        self.kernels.call("forward", self.rows, out, torch.full((n_bytes,), 77, dtype=torch.uint8))
+        return self
+
+    def sequences(self, double: bool = False) -> Tensor:
+        self.seq_saved = self.new(self.n_seqs, SEQ_SAVED, dtype=torch.float64)
+        sums = self.new(self.n_seqs, dtype=torch.float64 if double else None)
+        self.kernels.call("sequences", self.rows, self.seqs, self.logps, sums, int(double), self.seq_saved)
+        return sums
+
+    def losses(
+        self,
+        ref: Tensor | None = None,
+        pairs: Tensor | None = None,
+        *,
+        mean: bool = True,
+        weights: Tensor | None = None,
+        baseline: Tensor | None = None,
+        wpo: bool = False,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """options: of make_loss."""
+        n_pairs = self.n_seqs // 2 if pairs is None else len(pairs)
+        self.pairs_alive = (pairs, weights, baseline)
+        self.pairs = make_pairs(n_pairs, mean, *self.pairs_alive)
+        out = loss_arrays(n_pairs, self.wide)
+        self.pair_grads = out["pair_grads"]
+        self.seq_logps, self.seq_saved = self.new(self.n_seqs), self.new(self.n_seqs, SEQ_SAVED, dtype=torch.float64)
+        tokens = TokenArrays(logps=self.logps.data_ptr())
+        if wpo:
+            tokens.log_sum_sq_probs = self.log_sum_sq_probs.data_ptr()
+        ref_double = ref is not None and ref.dtype is torch.float64
+        arrays = Losses(**{k: v.data_ptr() for k, v in out.items()})
+        args = (self.rows, self.seqs, self.pairs, make_loss(**options), tokens, ref, int(ref_double), self.seq_logps)
+        self.kernels.call("sequences_and_losses", *args, self.seq_saved, arrays)
+        return out
+
+    def backward(self, inplace: bool = False, sequences: bool = True, **grads: Tensor | None) -> Tensor:
+        x = self.logits
+        grad = x if inplace else torch.full_like(x, 77, memory_format=torch.contiguous_format)
+        layout = _checks.row_layout(grad.shape, grad.stride())
+        saved = TokenArrays(logps=self.logps.data_ptr(), stats=self.stats.data_ptr(), entropy=address(self.entropy))
+        self.kernels.call(
+            "backward",
+            self.rows,
+            self.seqs if sequences else None,
+            self.pairs,
+            saved,
+            self.seq_saved if sequences else None,
+            self.pair_grads,
+            Grads(**{k: address(v) for k, v in grads.items()}),
+            GradTensor(
+                data=grad.data_ptr(),
+                seq_stride=layout.seq_stride,
+                row_stride=layout.row_stride,
+                vocab_stride=layout.vocab_stride,
+            ),
+            torch.full((self.n_seqs,), 77, dtype=torch.float64),
+        )
+        return grad
+
+
+def make_pairs(
+    n_pairs: int,
+    mean: bool = True,
+    pairs: Tensor | None = None,
+    weights: Tensor | None = None,
+    baseline: Tensor | None = None,
+) -> Pairs:
+    """What the Cython binding makes of its tuple of the same contents."""
+    return Pairs(
+        pairs=address(pairs),
+        n_pairs=n_pairs,
+        weights=address(weights),
+        baseline=address(baseline),
+        divisor=n_pairs if mean else 1,
+    )
+
+
+def make_loss(loss_type: str | tuple[str, ...] = "sigmoid", **options: Any) -> LossOptions:
+    """The struct for the options of the public functions."""
+    loss = _loss_options.choose_loss(loss_type=loss_type, with_baseline=loss_type in ("kto", "bco"), **options)
+    o = loss.options._asdict()
+    o |= {"types": (c_int * 8)(*o["types"]), "weights": (c_double * 8)(*o["weights"])}
+    return LossOptions(n_terms=len(loss.options.types), **o)
+
+
+def loss_arrays(n_pairs: int, wide: torch.dtype) -> dict[str, Tensor]:
+    shapes = {"loss": (), "losses": (n_pairs,), "chosen_rewards": (n_pairs,), "rejected_rewards": (n_pairs,)}
+    out = {name: torch.full(shape, 77, dtype=wide) for name, shape in shapes.items()}
+    return out | {"pair_grads": torch.full((n_pairs, 2), 77, dtype=torch.float64)}
+
+
+def toolchains() -> Iterator[str]:
+    """What is missing to run the kernels here, in words."""
+    if shutil.which("g++") is None:
+        yield "no g++"
+    if include_folder() is None:
+        yield "no CUDA headers (nvcc on PATH or CUDA_HOME)"
