@@ -39,7 +39,7 @@ def _chunks(logits: Tensor) -> Iterator[tuple[Any, ...]]:
             yield (part,) if seq is None else (seq, part)
 
 
-def _bad(logits: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
+def bad_targets(logits: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
     """Targets [..., K] outside the vocabulary, in rows that count."""
     bad = kept.unsqueeze(-1) & ((targets < 0) | (targets >= logits.shape[-1]))
     if os.environ.get("DPO_FAST_CHECK") == "1" and bad.any():
@@ -66,7 +66,7 @@ def _rows_forward(
     """As token_forward, for targets [..., K] and kept [...]."""
     wide = wide_type(logits.dtype)
     rows, device = logits.shape[:-1], logits.device
-    bad = _bad(logits, targets, kept)
+    bad = bad_targets(logits, targets, kept)
     logps = torch.zeros(targets.shape, dtype=wide, device=device)
     stats = torch.zeros((*rows, 2), dtype=wide, device=device)
     shapes = (rows, rows, targets.shape, rows)
@@ -113,7 +113,7 @@ def _rows_backward(
 ) -> None:
     """Fills grad, which may be the logits, for targets and grad_logps [..., K]."""
     wide = wide_type(logits.dtype)
-    bad = _bad(logits, targets, kept)
+    bad = bad_targets(logits, targets, kept)
     for part in _chunks(logits):
         z, slope = _transform(logits[part].to(wide), options)
         stat = stats[part]
@@ -134,19 +134,19 @@ def _rows_backward(
         grad[part] = torch.where(kept[part].unsqueeze(-1), dz * slope, zero).to(grad.dtype)
 
 
-def _counts(targets: Tensor, ignore_index: int) -> Tensor:
+def counts(targets: Tensor, ignore_index: int) -> Tensor:
     return targets != ignore_index if ignore_index != IGNORE_NOTHING else torch.ones_like(targets, dtype=torch.bool)
 
 
-def _with_k(targets: Tensor, logits: Tensor) -> Tensor:
+def with_k(targets: Tensor, logits: Tensor) -> Tensor:
     return targets.long() if targets.dim() == logits.dim() else targets.long().unsqueeze(-1)
 
 
 def token_forward(logits: Tensor, targets: Tensor, row_mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """See ops.py."""
     options, want = LogitOptions(*rest[:4]), rest[4:]
-    y = _with_k(targets, logits)
-    kept = _counts(y, options.ignore_index).all(-1)
+    y = with_k(targets, logits)
+    kept = counts(y, options.ignore_index).all(-1)
     if row_mask is not None:
         kept &= row_mask != 0
     logps, stats, entropy, mean_logits, is_top1, log_sum_sq = _rows_forward(logits, y, kept, options, want)
@@ -159,14 +159,18 @@ def token_backward_into(grad: Tensor, logits: Tensor, targets: Tensor, row_mask:
     """See ops.py."""
     options = LogitOptions(*rest[:4])
     logps, stats, entropy, grad_logps, grad_entropy = rest[4:]
-    y = _with_k(targets, logits)
-    kept = _counts(y, options.ignore_index).all(-1)
+    y = with_k(targets, logits)
+    kept = counts(y, options.ignore_index).all(-1)
     if row_mask is not None:
         kept &= row_mask != 0
     g = torch.zeros_like(logps) if grad_logps is None else grad_logps
     _rows_backward(
         grad, logits, y, kept, options, logps.reshape(y.shape), stats, entropy, g.reshape(y.shape), grad_entropy
     )
+
+
+def _nothing_saved(logits: Tensor) -> Tensor:
+    return logits.new_empty((0, 0), dtype=torch.float64)
 
 
 def sequence_forward(
@@ -184,7 +188,7 @@ def sequence_forward(
     logps = logps.squeeze(-1)
     wide = torch.float64 if options[4:] == (True,) else logps.dtype
     factors = token_factors(kept, token_weights, cu_seqlens, average, wide)
-    return sum_by_sequence(logps.to(wide) * factors, cu_seqlens), logps, stats
+    return sum_by_sequence(logps.to(wide) * factors, cu_seqlens), logps, stats, _nothing_saved(logits)
 
 
 def sequence_backward_into(
@@ -197,7 +201,7 @@ def sequence_backward_into(
     *rest: Any,
 ) -> None:
     """See ops.py."""
-    options, (logps, stats, grad_seq_logps) = LogitOptions(*rest[:4]), rest[4:]
+    options, (logps, stats, grad_seq_logps) = LogitOptions(*rest[:4]), rest[4:7]
     kept = kept_rows(targets, options.ignore_index, token_weights)
     factors = token_factors(kept, token_weights, cu_seqlens, average, logps.dtype)
     g = factors * spread_to_rows(grad_seq_logps.to(factors.dtype), cu_seqlens, factors.shape)
@@ -289,7 +293,14 @@ def dpo_forward(
     lengths = sum_by_sequence((targets != options.ignore_index).double(), cu_seqlens)
     out = torch.ops.dpo_fast.preference_forward(sums, ref_logps, lengths, pairs, pair_weights, baseline, *loss)
     *losses, pair_grads = out
-    return (*[x.to(logps.dtype) for x in (*losses, sums)], logps, stats, pair_grads, *extras[:3])
+    return (
+        *[x.to(logps.dtype) for x in (*losses, sums)],
+        logps,
+        stats,
+        pair_grads,
+        *extras[:3],
+        _nothing_saved(logits),
+    )
 
 
 def dpo_backward_into(
@@ -303,7 +314,7 @@ def dpo_backward_into(
     *rest: Any,
 ) -> None:
     """See ops.py."""
-    options, (divisor, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps) = rest[:4], rest[4:]
+    options, (divisor, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps) = rest[:4], rest[4:11]
     n_seqs = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     like = torch.empty(n_seqs, dtype=logps.dtype, device=logits.device)
     g = preference_backward(like, pairs, divisor, pair_grads, grad_loss, grad_losses)

@@ -74,16 +74,17 @@ class _SequenceLogps(torch.autograd.Function):
         inplace_backward: bool,
     ) -> Tensor:
         out = torch.ops.dpo_fast.sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options, False)
-        seq_logps, logps, stats = out
-        ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, logps, stats)
+        seq_logps, logps, stats, seq_saved = out
+        ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, logps, stats, seq_saved)
         ctx.average, ctx.options, ctx.inplace_backward = average, options, inplace_backward
         return seq_logps  # type: ignore[no-any-return]
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_seq_logps: Tensor) -> tuple[Any, ...]:
-        logits, targets, cu_seqlens, token_weights, logps, stats = ctx.saved_tensors
+        logits, targets, cu_seqlens, token_weights, logps, stats, seq_saved = ctx.saved_tensors
         args = (logits, targets, cu_seqlens, token_weights, ctx.average, *ctx.options, logps, stats, grad_seq_logps)
+        args = (*args, seq_saved)
         if ctx.inplace_backward:
             torch.ops.dpo_fast.sequence_backward_(*args)
             return (logits.detach(), *(None,) * 6)

@@ -50,8 +50,8 @@ class _DPOLoss(torch.autograd.Function):
             logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *options,
             *loss_options, divisor, wpo, *want,
         )  # fmt: skip
-        loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras = out
-        ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads)
+        loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras, seq_saved = out
+        ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads, seq_saved)
         ctx.average, ctx.options, ctx.divisor, ctx.inplace_backward = average, options, divisor, inplace_backward
         tokens = logps.clone() if want[0] else logps.new_empty(0)
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
@@ -63,11 +63,11 @@ class _DPOLoss(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_seq_logps: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
-        logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads = ctx.saved_tensors
+        logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads, seq_saved = ctx.saved_tensors
         if grad_loss is None and grad_losses is None and grad_seq_logps is None:
             return (None,) * 14
         args = (logits, targets, cu_seqlens, token_weights, ctx.average, pairs, *ctx.options, ctx.divisor)
-        args = (*args, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps)
+        args = (*args, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps, seq_saved)
         if ctx.inplace_backward:
             torch.ops.dpo_fast.dpo_backward_(*args)
             return (logits.detach(), *(None,) * 13)

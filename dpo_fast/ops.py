@@ -14,6 +14,7 @@ because it is the cheapest way into the dispatcher: 2-4 us a call, against 10 us
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -46,14 +47,14 @@ SCHEMAS = {
     "token_backward": f"({_ROWS}, Tensor? row_mask, {OPTIONS}, {_SAVED}, Tensor? entropy, Tensor? grad_logps, "
     "Tensor? grad_entropy)",
     "sequence_forward": f"({_ROWS}, {_SEQS}, {OPTIONS}, bool double_sums) -> (Tensor seq_logps, "
-    "Tensor logps, Tensor stats)",
-    "sequence_backward": f"({_ROWS}, {_SEQS}, {OPTIONS}, {_SAVED}, Tensor grad_seq_logps)",
+    "Tensor logps, Tensor stats, Tensor seq_saved)",
+    "sequence_backward": f"({_ROWS}, {_SEQS}, {OPTIONS}, {_SAVED}, Tensor grad_seq_logps, Tensor? seq_saved=None)",
     "dpo_forward": f"({_ROWS}, Tensor? ref_logps, {_SEQS}, {PAIRS}, {OPTIONS}, {LOSS}, bool wpo, bool entropy, "
     "bool mean_logits, bool is_top1) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, "
     "Tensor seq_logps, Tensor logps, Tensor stats, Tensor pair_grads, Tensor entropy, Tensor mean_logits, "
-    "Tensor is_top1)",
+    "Tensor is_top1, Tensor seq_saved)",
     "dpo_backward": f"({_ROWS}, {_SEQS}, Tensor? pairs, {OPTIONS}, float divisor, {_SAVED}, Tensor pair_grads, "
-    "Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_seq_logps)",
+    "Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_seq_logps, Tensor? seq_saved=None)",
     "preference_forward": f"(Tensor logps, Tensor? ref_logps, Tensor? lengths, {PAIRS}, {LOSS}) -> (Tensor loss, "
     "Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor pair_grads)",
     "preference_backward": "(Tensor logps, Tensor? pairs, float divisor, Tensor pair_grads, Tensor? grad_loss, "
@@ -68,6 +69,11 @@ def define(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
     _lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dpo_fast::{name}", fake, lib=_lib)
+
+
+def implement(name: str, implementation: Callable[..., Any], key: str) -> None:
+    """Gives an operator an implementation for one kind of device."""
+    _lib.impl(name, implementation, key)
 
 
 def _define(
@@ -198,7 +204,7 @@ def _check_inplace(logits: Tensor) -> None:
 # --- tensors to addresses ---------------------------------------------------------------------------------------------
 
 
-class _Call:
+class Call:
     """Addresses of a call's tensors, converted to what the kernels read where needed and kept alive until it ends."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -232,6 +238,7 @@ class _Call:
         row_mask: Tensor | None,
         weights: Tensor | None,
         options: LogitOptions,
+        double_weights: bool = True,
     ) -> tuple[int | float, ...]:
         return _checks.rows_spec(
             LOGIT_TYPES[logits.dtype],
@@ -240,9 +247,13 @@ class _Call:
             self.integers(targets),
             targets.shape[-1] if targets.dim() == logits.dim() else 1,
             self.booleans(row_mask),
-            self.doubles(weights),
+            self.weights_address(weights, double_weights),
             options,
         )
+
+    def weights_address(self, weights: Tensor | None, double: bool) -> int:
+        """Token weights, here always in float64."""
+        return self.doubles(weights)
 
     def pairs(
         self,
@@ -286,10 +297,27 @@ def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+def has_cuda_kernels() -> bool:
+    """Whether the CUDA extension was built."""
+    return importlib.util.find_spec("dpo_fast._cuda") is not None
+
+
+_HAS_CUDA_KERNELS = has_cuda_kernels()
+
+
+def _seq_saved_shape(like: Tensor, n_seqs: int) -> tuple[int, int]:
+    """What forward keeps of each sequence for backward: nothing, but for the CUDA kernels."""
+    if not _HAS_CUDA_KERNELS or like.device.type != "cuda":
+        return 0, 0
+    from dpo_fast import _cuda_ops
+
+    return _cuda_ops.seq_saved_shape(n_seqs)
+
+
 # --- token log-probs --------------------------------------------------------------------------------------------------
 
 
-def _token_outputs(logits: Tensor, targets: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def token_outputs(logits: Tensor, targets: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
     wide = wide_type(logits.dtype)
     rows = tuple(logits.shape[:-1])
     shapes = (rows, rows, tuple(targets.shape), rows)
@@ -304,17 +332,17 @@ def _token_forward_fake(
     logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any
 ) -> tuple[Tensor, ...]:
     check_rows(logits, targets, row_mask)
-    return _token_outputs(logits, targets, options_and_want[4:])
+    return token_outputs(logits, targets, options_and_want[4:])
 
 
 def _token_forward(
     logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any
 ) -> tuple[Tensor, ...]:
     check_rows(logits, targets, row_mask)
-    call = _Call(logits.dtype)
+    call = Call(logits.dtype)
     rows = call.rows(logits, targets, row_mask, None, LogitOptions(*options_and_want[:4]))
     want = options_and_want[4:]
-    out = _token_outputs(logits, targets, want)
+    out = token_outputs(logits, targets, want)
     extras = [t.data_ptr() if wanted else 0 for t, wanted in zip(out[2:], want, strict=True)]
     _cpu.token_forward(rows, torch.get_num_threads(), out[0].data_ptr(), out[1].data_ptr(), *extras)
     return out
@@ -348,7 +376,7 @@ def _token_backward_into(
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    call = _Call(logits.dtype)
+    call = Call(logits.dtype)
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
     rows = call.rows(logits, targets, row_mask, None, options)
     grads = (grad_logps, grad_entropy, None, None, None)
@@ -358,13 +386,13 @@ def _token_backward_into(
 # --- sequence log-probs -----------------------------------------------------------------------------------------------
 
 
-def _sequence_outputs(
+def sequence_outputs(
     logits: Tensor,
     targets: Tensor,
     cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
     double_sums: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
     wide = wide_type(logits.dtype)
     shape = tuple(targets.shape)
@@ -372,13 +400,14 @@ def _sequence_outputs(
         _new(logits, (n_seqs,), torch.float64 if double_sums else wide),
         _new(logits, shape, wide),
         _new(logits, (*shape, 2), wide),
+        _new(logits, _seq_saved_shape(logits, n_seqs), torch.float64),
     )
 
 
 def _sequence_forward_fake(
     logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _sequence_outputs(logits, targets, cu_seqlens, token_weights, rest[4])
+    return sequence_outputs(logits, targets, cu_seqlens, token_weights, rest[4])
 
 
 def _sequence_forward(
@@ -390,8 +419,8 @@ def _sequence_forward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     double_sums = options[4]
-    out = seq_logps, logps, stats = _sequence_outputs(logits, targets, cu_seqlens, token_weights, double_sums)
-    call = _Call(logits.dtype)
+    out = seq_logps, logps, stats, _ = sequence_outputs(logits, targets, cu_seqlens, token_weights, double_sums)
+    call = Call(logits.dtype)
     _cpu.sequence_forward(
         call.rows(logits, targets, None, token_weights, LogitOptions(*options[:4])),
         (call.integers(cu_seqlens), seq_logps.shape[0], average),
@@ -407,7 +436,7 @@ def _sequence_forward(
 def _check_sequence_backward(
     logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *rest: Any
 ) -> None:
-    logps, stats, grad_seq_logps = rest[4:]
+    logps, stats, grad_seq_logps = rest[4:7]
     n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
     _check_saved(logits, targets, logps, stats)
     check_shape("grad_seq_logps", grad_seq_logps.shape, (n_seqs,), "with one number per sequence")
@@ -427,8 +456,9 @@ def _sequence_backward_into(
     logps: Tensor,
     stats: Tensor,
     grad_seq_logps: Tensor,
+    seq_saved: Tensor | None = None,
 ) -> None:
-    call = _Call(logits.dtype)
+    call = Call(logits.dtype)
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
     call.backward(
         grad,
@@ -448,7 +478,7 @@ def _loss_outputs(like: Tensor, wide: torch.dtype, n_pairs: int) -> tuple[Tensor
     return loss, _new(like, (n_pairs,), wide), _new(like, (n_pairs,), wide), _new(like, (n_pairs,), wide)
 
 
-def _dpo_outputs(
+def dpo_outputs(
     logits: Tensor,
     targets: Tensor,
     ref_logps: Tensor | None,
@@ -460,14 +490,19 @@ def _dpo_outputs(
     baseline: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    seqs = _sequence_outputs(logits, targets, cu_seqlens, token_weights)
+    *seqs, seq_saved = sequence_outputs(logits, targets, cu_seqlens, token_weights)
     n_pairs = check_pairs(logits, seqs[0].shape[0], pairs, ref_logps, pair_weights, baseline)
     wide = wide_type(logits.dtype)
     extras = [
         _new(logits, tuple(targets.shape) if wanted else (0,), torch.bool if i == 2 else wide)
         for i, wanted in enumerate(rest[-3:])
     ]
-    return (*_loss_outputs(logits, wide, n_pairs), *seqs, _new(logits, (n_pairs, 2), torch.float64), *extras)
+    return (*_loss_outputs(logits, wide, n_pairs), *seqs, _new(logits, (n_pairs, 2), torch.float64), *extras, seq_saved)
+
+
+def split_loss_arguments(rest: tuple[Any, ...]) -> tuple[LogitOptions, tuple[Any, ...], tuple[bool, ...]]:
+    """What follows the tensors of dpo_forward: options of the logits, the loss and its divisor, wpo and statistics."""
+    return LogitOptions(*rest[:4]), rest[4 : 5 + N_LOSS], rest[5 + N_LOSS :]
 
 
 def _dpo_forward(
@@ -482,15 +517,15 @@ def _dpo_forward(
     baseline: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    out = _dpo_outputs(
+    out = dpo_outputs(
         logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *rest
     )
-    loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras = out
-    options, (*loss_options, divisor), (wpo, *want) = rest[:4], rest[4 : 5 + N_LOSS], rest[5 + N_LOSS :]
+    loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras, _ = out
+    options, (*loss_options, divisor), (wpo, *want) = split_loss_arguments(rest)
     log_sum_sq_probs = torch.empty_like(logps) if wpo else None
-    call = _Call(logits.dtype)
+    call = Call(logits.dtype)
     _cpu.dpo_forward(  # type: ignore[call-arg]
-        call.rows(logits, targets, None, token_weights, LogitOptions(*options)),
+        call.rows(logits, targets, None, token_weights, options),
         (call.integers(cu_seqlens), seq_logps.shape[0], average),
         call.pairs(losses.shape[0], pairs, divisor, pair_weights, baseline),
         tuple(loss_options),
@@ -521,7 +556,7 @@ def _check_dpo_backward(
     pairs: Tensor | None,
     *rest: Any,
 ) -> None:
-    logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps = rest[5:]
+    logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps = rest[5:11]
     n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
     n_pairs = check_pairs(logits, n_seqs, pairs)
     _check_saved(logits, targets, logps, stats)
@@ -549,10 +584,11 @@ def _dpo_backward_into(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
     grad_seq_logps: Tensor | None,
+    seq_saved: Tensor | None = None,
 ) -> None:
     n_seqs = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n_pairs = pair_grads.shape[0]
-    call = _Call(logits.dtype)
+    call = Call(logits.dtype)
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
     call.backward(
         grad,
@@ -585,7 +621,7 @@ def _check_logps(logps: Tensor) -> None:
         raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
 
 
-def _preference_outputs(
+def preference_outputs(
     logps: Tensor,
     ref_logps: Tensor | None,
     lengths: Tensor | None,
@@ -612,9 +648,9 @@ def _preference_forward(
     baseline: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    out = _preference_outputs(logps, ref_logps, lengths, pairs, pair_weights, baseline)
+    out = preference_outputs(logps, ref_logps, lengths, pairs, pair_weights, baseline)
     *loss_options, divisor = rest
-    call = _Call(logps.dtype)
+    call = Call(logps.dtype)
     _cpu.preference_forward(
         call.pairs(out[1].shape[0], pairs, divisor, pair_weights, baseline),
         tuple(loss_options),
@@ -628,7 +664,7 @@ def _preference_forward(
     return out
 
 
-def _preference_backward_fake(
+def preference_backward_output(
     logps: Tensor,
     pairs: Tensor | None,
     divisor: float,
@@ -651,9 +687,9 @@ def _preference_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
 ) -> Tensor:
-    grad = _preference_backward_fake(logps, pairs, divisor, pair_grads, grad_loss, grad_losses)
+    grad = preference_backward_output(logps, pairs, divisor, pair_grads, grad_loss, grad_losses)
     n_pairs = pair_grads.shape[0]
-    call = _Call(logps.dtype)
+    call = Call(logps.dtype)
     _cpu.preference_backward(
         call.pairs(n_pairs, pairs, divisor),
         logps.dtype is torch.float64,
@@ -676,21 +712,31 @@ _define(
     fallback.sequence_forward,
     _sequence_forward_fake,
 )
-_define("dpo_forward", SCHEMAS["dpo_forward"], _dpo_forward, fallback.dpo_forward, _dpo_outputs)
+_define("dpo_forward", SCHEMAS["dpo_forward"], _dpo_forward, fallback.dpo_forward, dpo_outputs)
 _define(
     "preference_forward",
     SCHEMAS["preference_forward"],
     _preference_forward,
     fallback.preference_forward,
-    _preference_outputs,
+    preference_outputs,
 )
 _define(
     "preference_backward",
     SCHEMAS["preference_backward"],
     _preference_backward,
     fallback.preference_backward,
-    _preference_backward_fake,
+    preference_backward_output,
 )
+
+
+# Of each backward operator: how the function that fills a gradient becomes the two operators.
+_BACKWARD_KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+
+
+def implement_backward(name: str, into: Callable[..., None], key: str) -> None:
+    """Gives `name` and `name_` an implementation for one kind of device; `into` fills the gradient it gets first."""
+    for full_name, kind in zip((name, name + "_"), _BACKWARD_KINDS[name], strict=True):
+        _lib.impl(full_name, kind(into), key)
 
 
 def _define_backward(
@@ -726,7 +772,8 @@ def _define_backward(
         (name + "_", mutating + " -> ()", inplace, check),
     ):
         define(full_name, schema, kind(other), fake_kind)
-        _lib.impl(full_name, kind(cpu), "CPU")
+    _BACKWARD_KINDS[name] = (fresh, inplace)
+    implement_backward(name, cpu, "CPU")
 
 
 _define_backward("token_backward", _check_token_backward, _token_backward_into, fallback.token_backward_into)
@@ -734,3 +781,8 @@ _define_backward(
     "sequence_backward", _check_sequence_backward, _sequence_backward_into, fallback.sequence_backward_into
 )
 _define_backward("dpo_backward", _check_dpo_backward, _dpo_backward_into, fallback.dpo_backward_into)
+
+if _HAS_CUDA_KERNELS:
+    from dpo_fast import _cuda_ops
+
+    _cuda_ops.register()
