@@ -46,7 +46,7 @@ cdef extern from "cuda/launch.h" namespace "dpo_fast" nogil:
         char* data
         int64_t seq_stride, row_stride, vocab_stride
 
-    const int kMaxLossTerms, kLossTypes, kLengths, kSeqSaved
+    const int kMaxLossTerms, kLossTypes, kDivergences, kLengths, kSeqSaved
     int loss_flags(int)
 
     cdef struct LossOptions:
@@ -239,6 +239,8 @@ cdef LossOptions make_loss(tuple spec) except *:
      options.tokens_per_pair, options.average) = spec
     if len(types) > kMaxLossTerms or len(types) != len(weights):
         raise ValueError(f"a loss has up to {kMaxLossTerms} terms with a weight each, found {types} and {weights}")
+    if not 0 <= options.divergence < kDivergences:
+        raise ValueError(f"there is no divergence number {options.divergence}")
     options.n_terms = len(types)
     options.baseline = 0
     for i in range(options.n_terms):

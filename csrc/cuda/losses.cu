@@ -62,6 +62,7 @@ __device__ double saved_of(const BatchArgs& a, int64_t s, int i) {
 }
 
 __device__ double length_of(const BatchArgs& a, int64_t s) {
+  if (s == -1 && a.unpaired) return 0;
   if (!a.logps) return saved_of(a, s, kLength);
   return a.lengths && s >= 0 && s < a.seqs.n_seqs ? a.lengths[s] : 0;
 }
@@ -129,9 +130,11 @@ __device__ PairLoss loss_of_pair(const Pair& pair, const LossOptions& options) {
 __device__ double lose_pair(const BatchArgs& a, const LossOptions& options, int64_t p) {
   const PairIndex index = pair_index(a.pairs, p);
   const Pair pair = {side_of(a, index.chosen), side_of(a, index.rejected)};
-  const PairLoss result = loss_of_pair(pair, options);
+  PairLoss result = loss_of_pair(pair, options);
   double weight = a.pairs.weights ? a.pairs.weights[p] : 1;
-  if (a.wpo) weight *= saved_of(a, index.chosen, kSeqWeight) * saved_of(a, index.rejected, kSeqWeight);
+  if (a.wpo && index.chosen >= 0 && index.rejected >= 0)
+    weight *= saved_of(a, index.chosen, kSeqWeight) * saved_of(a, index.rejected, kSeqWeight);
+  if (weight == 0) result = PairLoss{0, 0, 0};  // switched off, also where its loss is infinite
   store_number(a.out.losses, p, weight * result.loss, a.wide);
   store_number(a.out.chosen_rewards, p, pair.chosen.present ? options.beta * pair.chosen.ratio : NAN, a.wide);
   store_number(a.out.rejected_rewards, p, pair.rejected.present ? options.beta * pair.rejected.ratio : NAN, a.wide);

@@ -292,7 +292,8 @@ def make_pairs(
 
 def make_loss(loss_type: str | tuple[str, ...] = "sigmoid", **options: Any) -> LossOptions:
     """The struct for the options of the public functions."""
-    loss = _loss_options.choose_loss(loss_type=loss_type, with_baseline=loss_type in ("kto", "bco"), **options)
+    given = {"with_baseline": loss_type in ("kto", "bco"), "with_reference": "f_divergence" in options}
+    loss = _loss_options.choose_loss(loss_type=loss_type, **given, **options)
     o = loss.options._asdict()
     o |= {"types": (c_int * 8)(*o["types"]), "weights": (c_double * 8)(*o["weights"])}
     return LossOptions(n_terms=len(loss.options.types), **o)
