@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp)
-CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: help demo test sanitize lint format clean
 

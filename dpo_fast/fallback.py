@@ -135,10 +135,12 @@ def _rows_backward(
 
 
 def counts(targets: Tensor, ignore_index: int) -> Tensor:
+    """Which targets are not to be ignored."""
     return targets != ignore_index if ignore_index != IGNORE_NOTHING else torch.ones_like(targets, dtype=torch.bool)
 
 
 def with_k(targets: Tensor, logits: Tensor) -> Tensor:
+    """Targets [...] or [..., K] as [..., K]."""
     return targets.long() if targets.dim() == logits.dim() else targets.long().unsqueeze(-1)
 
 

@@ -220,15 +220,19 @@ class Call:
         return tensor.data_ptr()
 
     def floats(self, tensor: Tensor | None) -> int:
+        """Address, in the type of log-probs."""
         return self._as(tensor, self.wide)
 
     def doubles(self, tensor: Tensor | None) -> int:
+        """Address, in float64."""
         return self._as(tensor, torch.float64)
 
     def integers(self, tensor: Tensor | None) -> int:
+        """Address, in int64."""
         return self._as(tensor, torch.int64)
 
     def booleans(self, tensor: Tensor | None) -> int:
+        """Address, in bool."""
         return self._as(tensor, torch.bool)
 
     def rows(
@@ -240,6 +244,7 @@ class Call:
         options: LogitOptions,
         double_weights: bool = True,
     ) -> tuple[int | float, ...]:
+        """The kernels' `rows`."""
         return _checks.rows_spec(
             LOGIT_TYPES[logits.dtype],
             logits.data_ptr(),
@@ -263,6 +268,7 @@ class Call:
         pair_weights: Tensor | None = None,
         baseline: Tensor | None = None,
     ) -> tuple[int | float, ...]:
+        """The kernels' `pairs`."""
         return self.integers(pairs), n_pairs, self.doubles(pair_weights), self.doubles(baseline), divisor
 
     def backward(
@@ -274,6 +280,7 @@ class Call:
         saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
         grads: tuple[Tensor | None, ...],
     ) -> None:
+        """Fills grad with the CPU kernels."""
         logps, stats, entropy, pair_grads = saved
         layout = _checks.row_layout(grad.shape, grad.stride())
         _cpu.backward(
@@ -318,6 +325,7 @@ def _seq_saved_shape(like: Tensor, n_seqs: int) -> tuple[int, int]:
 
 
 def token_outputs(logits: Tensor, targets: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """Room for what token_forward returns."""
     wide = wide_type(logits.dtype)
     rows = tuple(logits.shape[:-1])
     shapes = (rows, rows, tuple(targets.shape), rows)
@@ -393,6 +401,7 @@ def sequence_outputs(
     token_weights: Tensor | None,
     double_sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checks what sequence_forward is given; room for what it returns."""
     n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
     wide = wide_type(logits.dtype)
     shape = tuple(targets.shape)
@@ -490,6 +499,7 @@ def dpo_outputs(
     baseline: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    """Checks what dpo_forward is given; room for what it returns."""
     *seqs, seq_saved = sequence_outputs(logits, targets, cu_seqlens, token_weights)
     n_pairs = check_pairs(logits, seqs[0].shape[0], pairs, ref_logps, pair_weights, baseline)
     wide = wide_type(logits.dtype)
@@ -630,6 +640,7 @@ def preference_outputs(
     baseline: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
+    """Checks what preference_forward is given; room for what it returns."""
     _check_logps(logps)
     n_pairs = check_pairs(logps, logps.shape[0], pairs, ref_logps, pair_weights, baseline)
     if lengths is not None:
@@ -672,6 +683,7 @@ def preference_backward_output(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
 ) -> Tensor:
+    """Checks what preference_backward is given; room for what it returns."""
     _check_logps(logps)
     n_pairs = check_pairs(logps, logps.shape[0], pairs)
     check_device("pair_grads", pair_grads, logps, "logps")

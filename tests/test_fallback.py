@@ -55,7 +55,7 @@ def test_against_reference(dtype, layout, options, inplace):
             x, targets, ref, cu, weights, average, pairs, pair_weights, None, *options, *loss.options, loss.divisor,
             True, True, True, True,
         )  # fmt: skip
-        *losses, seq, logps, stats, pair_grads, entropy, mean_logits, is_top1 = out
+        *losses, seq, logps, stats, pair_grads, entropy, mean_logits, is_top1, _ = out
         shared = {
             "pairs": pairs.numpy(),
             "cu_seqlens": None if cu is None else cu.numpy(),
@@ -101,7 +101,7 @@ def test_k_indices_per_row():
 def test_bad_target_is_nan_for_its_token_and_sequence(monkeypatch):
     x, targets = torch.randn(2, 3, 5), torch.tensor([[0, 9, 1], [2, 3, -7]])
     targets[1, 2] = 4
-    seq, logps, stats = fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0, False)
+    seq, logps, stats, _ = fallback.sequence_forward(x, targets, None, None, False, -100, 1.0, 1.0, 0.0, False)
     assert logps.isnan().tolist() == [[False, True, False], [False, False, False]]
     assert seq.isnan().tolist() == [True, False]
     out = torch.empty_like(x)

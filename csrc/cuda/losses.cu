@@ -72,6 +72,8 @@ __device__ Side side_of(const BatchArgs& a, int64_t s) {
   Side side = {true, NAN, NAN, 0, 0, 0};
   if (s >= 0 && s < a.seqs.n_seqs) {
     side.logp = a.logps ? load_number(a.logps, s, a.wide) : saved_of(a, s, kSeqGrad);
+    // rounded as the reference's were: equal models give rewards of exactly 0
+    if (a.ref_logps && !a.ref_double && !a.wide) side.logp = (float)side.logp;
     side.ratio = a.ref_logps ? side.logp - load_number(a.ref_logps, s, a.ref_double) : side.logp;
     side.length = length_of(a, s);
   } else if (s == -1 && a.unpaired) {
