@@ -1,13 +1,16 @@
-"""Every compiled instruction set and thread count as fixtures."""
+"""Every compiled instruction set, CUDA where there is a GPU, and thread counts as fixtures."""
 
 from __future__ import annotations
 
+import cuda_device
 import pytest
 import torch
 
 from dpo_fast import _cpu
 
 ISAS = [name for name, _ in _cpu.isas()]
+if cuda_device.available():
+    ISAS.append("cuda")
 SUPPORTED = {name for name, supported in _cpu.isas() if supported}
 
 
@@ -17,8 +20,12 @@ def _seed():
 
 
 @pytest.fixture(params=ISAS)
-def isa(request):
-    """Forces an instruction set for the test."""
+def isa(request, monkeypatch):
+    """Forces an instruction set for the test; "cuda": its functions run there."""
+    if request.param == "cuda":
+        cuda_device.patch(monkeypatch)
+        yield request.param
+        return
     if request.param not in SUPPORTED:
         pytest.skip(f"this processor has no {request.param}")
     _cpu.set_isa(request.param)
