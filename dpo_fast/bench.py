@@ -224,9 +224,12 @@ class Pool:
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """So many threads for torch and dpo_fast."""
+    """So many threads for torch and dpo_fast; None: as many as there are."""
+    if threads is None:
+        yield
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
