@@ -27,9 +27,11 @@ def test_dpo_loss(benchmark, recorder, case, work):
     compare(benchmark, recorder, peers.DPO, case, work, names, memory=memory, seconds=7)
 
 
-def test_ignored_tokens(benchmark, recorder, case):
-    names = [peers.INPLACE, peers.FAST, peers.READ, peers.COPY, *peers.LOGITS_PEERS]
-    compare(benchmark, recorder, peers.DPO, case, STEP, names, seconds=2)
+@pytest.mark.parametrize("work", [FORWARD, STEP])
+def test_ignored_tokens(benchmark, recorder, case, work):
+    own = [peers.FAST] if work == FORWARD else [peers.INPLACE, peers.FAST]
+    names = [*own, peers.READ, peers.COPY, *peers.LOGITS_PEERS]
+    compare(benchmark, recorder, peers.DPO, case, work, names, seconds=2)
 
 
 def growth(benchmark, recorder, case):

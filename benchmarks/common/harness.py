@@ -17,7 +17,7 @@ import torch
 from benchmarks.common import peers
 from benchmarks.common.formulas import Figure, copy_bytes, logits_bytes, products_flops, read_bytes
 from benchmarks.common.memory import memory_of_candidates
-from benchmarks.common.peers import Absent, first_line
+from benchmarks.common.peers import AbsentError, first_line
 from dpo_fast.bench import (
     ROTATED_BYTES,
     Candidate,
@@ -159,10 +159,10 @@ def _checked(records: dict[str, Record], inputs: peers.LevelInputs, pool: Pool, 
                 elif reference is not None:
                     record.difference = _difference(result, reference)
                     if not record.difference <= TOLERANCE[inputs.case.dtype]:
-                        raise Absent(f"differs from {peers.NAIVE} by {record.difference:.1e}: not timed")
+                        raise AbsentError(f"differs from {peers.NAIVE} by {record.difference:.1e}: not timed")
             del result
         except Exception as error:
-            record.problem = str(error) if isinstance(error, Absent) else f"failed ({first_line(error)})"[:300]
+            record.problem = str(error) if isinstance(error, AbsentError) else f"failed ({first_line(error)})"[:300]
             continue
         candidates[name] = Candidate(name, call, threads, repeat)
     return [candidates[name] for name in records if name in candidates]

@@ -1,7 +1,7 @@
 """Everything that is timed, by level and name: dpo_fast's own ways, the peers, and the limits of the machine.
 
 `build` returns a call that takes a copy of the input (logits, hidden states or log-probs) and returns a value and
-gradients. What cannot be built here raises `Absent` with the reason, which the report repeats.
+gradients. What cannot be built here raises `AbsentError` with the reason, which the report repeats.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ PACKAGES = ("trl", "transformers", "liger-kernel", "triton", "numpy", "pytest-be
 Call = Callable[[Tensor], Any]
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """A peer that cannot run here, and why."""
 
 
@@ -109,7 +109,7 @@ def build(level: str, name: str, inputs: LevelInputs, work: str) -> Call:
     """The call that a name stands for.
 
     Raises:
-        Absent: it cannot run here.
+        AbsentError: it cannot run here.
     """
     name = name.removesuffix(ONE_THREAD)
     if name.endswith(HALF):
@@ -211,8 +211,8 @@ def _import(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a package that is there may still fail to import
         if importlib.util.find_spec(package) is None:
-            raise Absent(f"{package} is not installed") from error
-        raise Absent(f"{module} cannot be imported: {first_line(error)}") from error
+            raise AbsentError(f"{package} is not installed") from error
+        raise AbsentError(f"{module} cannot be imported: {first_line(error)}") from error
 
 
 def _trl_torch() -> Callable[[Tensor, Tensor], Tensor]:
@@ -227,10 +227,10 @@ def _trl_torch() -> Callable[[Tensor, Tensor], Tensor]:
 
 def _trl_triton(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     if not case.device.startswith("cuda"):
-        raise Absent("needs a CUDA device")
+        raise AbsentError("needs a CUDA device")
     kernels = _import("trl.kernels", "trl")
     if not hasattr(kernels, "selective_log_softmax_and_entropy"):
-        raise Absent("Triton is not installed")
+        raise AbsentError("Triton is not installed")
 
     def token_logps(x: Tensor, targets: Tensor) -> Tensor:
         logps, _ = kernels.selective_log_softmax_and_entropy(x, targets.clamp(min=0), row_mask=_kept(targets))
@@ -243,7 +243,7 @@ def _trl_triton(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _build_linear(name: str, inputs: LevelInputs) -> Call:
-    case, _, targets, _, _, weight = inputs
+    targets, weight = inputs.targets, inputs.weight
     assert weight is not None
     if name == PRODUCTS:
         return _three_products(inputs)
@@ -288,7 +288,7 @@ def _three_products(inputs: LevelInputs) -> Call:
 def _linear_cross_entropy(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
-        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy")
+        raise AbsentError(f"torch {torch.__version__} has no linear_cross_entropy")
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         losses = function(hidden.flatten(0, 1), weight, targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
@@ -301,7 +301,7 @@ def _trl_chunked(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     utils = _import("trl.trainer.utils", "trl")
     function = getattr(utils, "_ChunkedLogProbFunction", None)
     if function is None:
-        raise Absent("this version of TRL has no chunked log-prob function")
+        raise AbsentError("this version of TRL has no chunked log-prob function")
     chunk = getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
     kept = targets != IGNORE_INDEX
 
