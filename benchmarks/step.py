@@ -27,7 +27,7 @@ from benchmarks.common.peers import first_line
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DATA = EXAMPLES / "data" / "preferences.jsonl"
-PAIRS, MAX_LENGTH, ROUNDS, TRL_ROUNDS = 2, 256, 5, 3
+PAIRS, TRL_PAIRS, MAX_LENGTH, ROUNDS, TRL_ROUNDS = 2, 1, 256, 5, 3
 
 Found = dict[str, dict[str, float]]
 
@@ -146,7 +146,7 @@ def trl_steps(args: argparse.Namespace) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=args.pairs,
+            per_device_train_batch_size=TRL_PAIRS,
             max_length=args.max_length,
             learning_rate=0.0,
             save_strategy="no",
@@ -192,8 +192,8 @@ def main() -> int:
     sys.path.insert(0, str(EXAMPLES))
     warnings.filterwarnings("ignore")
     result: dict[str, Any] = {
-        "settings": f"SmolLM2-135M, float32, {args.pairs} pairs, up to {args.max_length} tokens each; medians of "
-        f"{args.rounds} steps (TRL: {args.trl_rounds}) taken in turn.",
+        "settings": f"SmolLM2-135M, float32, sequences of up to {args.max_length} tokens. The demo: {args.pairs} pair(s) "
+        f"a step, medians of {args.rounds} steps; TRL: {TRL_PAIRS} pair(s), medians of {args.trl_rounds}; in turn.",
         "problems": [],
     }
     for name, measure in (("demo", demo_steps), ("trl", trl_steps)):

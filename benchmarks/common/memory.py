@@ -74,6 +74,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     level, name, work = request["key"]
     for fields in request["cases"]:
+        line: dict[str, Any]
         try:
             inputs = peers.make_level_inputs(level, Case(**fields))
             call = peers.build(level, name, inputs, work)

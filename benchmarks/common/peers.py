@@ -247,26 +247,23 @@ def _build_linear(name: str, inputs: LevelInputs) -> Call:
     assert weight is not None
     if name == PRODUCTS:
         return _three_products(inputs)
-    if name == FAST:
 
-        def fast(hidden: Tensor, head: Tensor) -> Tensor:
-            return dpo_fast.linear_dpo_loss(hidden, head, targets, beta=BETA).loss
+    def fast(hidden: Tensor, head: Tensor) -> Tensor:
+        loss: Tensor = dpo_fast.linear_dpo_loss(hidden, head, targets, beta=BETA).loss
+        return loss
 
-        loss = fast
-    elif name == LIGER:
-        loss = _liger(targets)
-    else:
+    def naive(hidden: Tensor, head: Tensor) -> Tensor:
+        return preference_of(naive_token_logps(hidden @ head.t(), targets).sum(-1), None)
 
-        def naive(hidden: Tensor, head: Tensor) -> Tensor:
-            return preference_of(naive_token_logps(hidden @ head.t(), targets).sum(-1), None)
-
-        makers: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
-            NAIVE: lambda: naive,
-            COMPILE: lambda: compiled(naive),
-            CROSS_ENTROPY: lambda: _linear_cross_entropy(targets),
-            TRL_CHUNKED: lambda: _trl_chunked(targets),
-        }
-        loss = makers[name]()
+    makers: dict[str, Callable[[], Callable[..., Tensor]]] = {
+        FAST: lambda: fast,
+        NAIVE: lambda: naive,
+        COMPILE: lambda: compiled(naive),
+        CROSS_ENTROPY: lambda: _linear_cross_entropy(targets),
+        TRL_CHUNKED: lambda: _trl_chunked(targets),
+        LIGER: lambda: _liger(targets),
+    }
+    loss = makers[name]()
     return lambda hidden: forward_and_gradient(loss, [hidden, weight])
 
 

@@ -170,11 +170,11 @@ def step_section(step: dict[str, Any] | None) -> str:
             )
         parts.append(table(lines))
     if step.get("trl"):
-        lines = [("TRL's DPOTrainer", "step ms", "speed-up", "peak extra of a step")]
+        trl_lines = [("TRL's DPOTrainer", "step ms", "speed-up", "peak extra of a step")]
         plain = step["trl"]["plain"]
         for name, found in step["trl"].items():
             ratio = f"{plain['step_ms'] / found['step_ms']:.2f}x"
-            lines.append((name, f"{found['step_ms']:.0f}", ratio, f"{found['peak_mb']:.0f} MB"))
-        parts.append(table(lines))
+            trl_lines.append((name, f"{found['step_ms']:.0f}", ratio, f"{found['peak_mb']:.0f} MB"))
+        parts.append(table(trl_lines))
     parts += [f"Not measured: {problem}." for problem in step.get("problems", [])]
     return "\n\n".join(parts)

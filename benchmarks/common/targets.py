@@ -85,6 +85,16 @@ def judge(values: Sequence[float | None], good: Callable[[float], bool]) -> str:
     return REACHED if found and len(found) == len(values) else INCOMPLETE
 
 
+def at_least(bound: float) -> Callable[[float], bool]:
+    """Whether a figure reaches a lower bound."""
+    return lambda value: value >= bound
+
+
+def at_most(bound: float) -> Callable[[float], bool]:
+    """Whether a figure stays below an upper bound."""
+    return lambda value: value <= bound
+
+
 def line(
     what: str,
     bound: str,
@@ -146,7 +156,7 @@ def _cpu_forward(book: Book, dtype: str, cases: Sequence[Case]) -> Target:
     shares = [book.ratio(peers.DPO, FORWARD, case, peers.READ, peers.FAST) for case in cases]
     beside = book.times(peers.DPO, FORWARD, cases, (peers.FAST, peers.READ, *peers.LOGITS_PEERS))
     what, text = f"{dtype} forward", f"≥ {bound:.0%} of a plain read's bandwidth"
-    return line(what, text, cases, shares, lambda value: value >= bound, percent, beside)
+    return line(what, text, cases, shares, at_least(bound), percent, beside)
 
 
 def _cpu_step(book: Book, dtype: str, cases: Sequence[Case]) -> list[Target]:
@@ -158,7 +168,7 @@ def _cpu_step(book: Book, dtype: str, cases: Sequence[Case]) -> list[Target]:
             continue
         ratios = [book.ratio(peers.DPO, STEP, case, peer, peers.INPLACE) for case in cases]
         what, text = f"{dtype} forward + in-place backward", f"≥ {bound:g}x {peer}"
-        found.append(line(what, text, cases, ratios, lambda value, bound=bound: value >= bound, times, beside))
+        found.append(line(what, text, cases, ratios, at_least(bound), times, beside))
     return found
 
 
@@ -166,14 +176,14 @@ def _cpu_whole(book: Book, dtype: str, cases: Sequence[Case]) -> Target:
     ratios = [book.ratio(peers.DPO, STEP, case, peers.INPLACE, peers.ROW_KERNELS) for case in cases]
     beside = book.times(peers.DPO, STEP, cases, (peers.INPLACE, peers.ROW_KERNELS))
     what, text = f"{dtype} dpo_loss as a whole", f"≤ {CPU_WHOLE:g}x its row kernels"
-    return line(what, text, cases, ratios, lambda value: value <= CPU_WHOLE, times, beside)
+    return line(what, text, cases, ratios, at_most(CPU_WHOLE), times, beside)
 
 
 def _cpu_half(book: Book, dtype: str, cases: Sequence[Case]) -> Target:
     shares = [book.ratio(peers.DPO, STEP, case, peers.INPLACE + peers.HALF, peers.INPLACE) for case in cases]
     beside = book.times(peers.DPO, STEP, cases, (peers.INPLACE + peers.HALF, peers.INPLACE))
     what, text = f"{dtype} half the rows ignored", f"≤ {CPU_HALF:.0%} of the time"
-    return line(what, text, cases, shares, lambda value: value <= CPU_HALF, percent, beside)
+    return line(what, text, cases, shares, at_most(CPU_HALF), percent, beside)
 
 
 def memory_targets(book: Book, dtype: str, cases: Sequence[Case]) -> list[Target]:
@@ -193,7 +203,7 @@ def memory_targets(book: Book, dtype: str, cases: Sequence[Case]) -> list[Target
         beside = f"{'; '.join(others)} MB" if others else ""
         what = f"{dtype} peak extra memory, {'in place' if name == peers.INPLACE else 'gradient allocated'}"
         text = f"≤ {bound:.0%} of the logits"
-        found.append(line(what, text, cases, shares, lambda value, bound=bound: value <= bound, percent, beside))
+        found.append(line(what, text, cases, shares, at_most(bound), percent, beside))
     return found
 
 
@@ -206,12 +216,12 @@ def _cpu_scaling(book: Book, dtype: str, cases: Sequence[Case], work: str) -> Ta
         f"≥ {CPU_SCALING:g}x where a plain read is",
         cases,
         ratios,
-        lambda value: value >= CPU_SCALING,
+        at_least(CPU_SCALING),
         times,
         "plain read " + " / ".join("-" if read is None else times(read) for read in reads),
     )
     held = [v for v, read in zip(ratios, reads, strict=True) if read is None or read >= CPU_SCALING]
-    found.verdict = judge(held, lambda value: value >= CPU_SCALING) if held else EXCUSED
+    found.verdict = judge(held, at_least(CPU_SCALING)) if held else EXCUSED
     return found
 
 
@@ -219,7 +229,7 @@ def _small_calls(book: Book, work: str) -> Target:
     cases = shapes.small_cases("cpu")
     ratios = [book.ratio(peers.DPO, work, case, peers.NAIVE, peers.FAST) for case in cases]
     beside = book.times(peers.DPO, work, cases, (peers.FAST, peers.NAIVE, peers.COMPILE, peers.TRL))
-    return line(f"small calls, {work}", "≥ 1x naive torch", cases, ratios, lambda value: value >= 1, times, beside)
+    return line(f"small calls, {work}", "≥ 1x naive torch", cases, ratios, at_least(1), times, beside)
 
 
 def _cpu_linear(book: Book) -> list[Target]:
@@ -233,7 +243,7 @@ def _products(book: Book, case: Case, bound: float) -> Target:
     ratio = book.ratio(peers.LINEAR, STEP, case, peers.FAST, peers.PRODUCTS)
     beside = book.times(peers.LINEAR, STEP, [case], (peers.FAST, peers.PRODUCTS, *peers.LINEAR_PEERS))
     what, text = f"{case.dtype} linear head, half ignored", f"≤ {bound:.2f}x the three bare products"
-    return line(what, text, [case], [ratio], lambda value: value <= bound, times, beside)
+    return line(what, text, [case], [ratio], at_most(bound), times, beside)
 
 
 def _linear_memory(book: Book, case: Case, device: str) -> Target:
@@ -246,7 +256,7 @@ def _linear_memory(book: Book, case: Case, device: str) -> Target:
         f"≤ budget + gradients = {most / 1e6:.0f} MB",
         [case],
         [None if extra is None else float(extra)],
-        lambda value: value <= most,
+        at_most(most),
         lambda value: f"{value / 1e6:.0f} MB",
         beside,
     )
@@ -271,7 +281,7 @@ def cuda_targets(book: Book) -> list[Target]:
             ratio = book.ratio(peers.LINEAR, STEP, case, peer, peers.FAST)
             beside = book.times(peers.LINEAR, STEP, [case], (peers.FAST, *peers.LINEAR_PEERS))
             what, text = f"{case.dtype} linear head, half ignored", f"≥ {bound:g}x {peer}"
-            found.append(line(what, text, [case], [ratio], lambda value, bound=bound: value >= bound, times, beside))
+            found.append(line(what, text, [case], [ratio], at_least(bound), times, beside))
         found.append(_linear_memory(book, case, "cuda"))
     return found
 
@@ -289,7 +299,7 @@ def _cuda_logits(book: Book, case: Case, work: str) -> Target:
     beside = book.times(peers.DPO, work, [case], (own, limit, *peers.LOGITS_PEERS))
     ignored = f", {case.ignored:.0%} ignored" if case.ignored else ""
     what, text = f"{case.dtype} {work}{ignored}", f"≥ {bound:.0%} of the {limit}'s bandwidth"
-    return line(what, text, [case], [share], lambda value: value >= bound, percent, beside)
+    return line(what, text, [case], [share], at_least(bound), percent, beside)
 
 
 def share_of_limit(case: Case, work: str, seconds: float | None, limit_seconds: float | None) -> float | None:
