@@ -192,8 +192,8 @@ def main() -> int:
     sys.path.insert(0, str(EXAMPLES))
     warnings.filterwarnings("ignore")
     result: dict[str, Any] = {
-        "settings": f"SmolLM2-135M, float32, up to {args.max_length} tokens a sequence. The demo: {args.pairs} pair(s) a "
-        f"step, medians of {args.rounds} steps; TRL: {TRL_PAIRS} pair(s), medians of {args.trl_rounds}; in turn.",
+        "settings": f"SmolLM2-135M, float32, up to {args.max_length} tokens a sequence. The demo: {args.pairs} pair(s) "
+        f"a step, medians of {args.rounds} steps; TRL: {TRL_PAIRS} pair(s), medians of {args.trl_rounds}; in turn.",
         "problems": [],
     }
     for name, measure in (("demo", demo_steps), ("trl", trl_steps)):
