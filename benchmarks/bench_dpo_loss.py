@@ -24,7 +24,7 @@ def test_dpo_loss(benchmark, recorder, case, work):
         names += [own + peers.ONE_THREAD, peers.READ + peers.ONE_THREAD]
     # the memory of one shape tells that of the other
     memory = (peers.INPLACE, peers.FAST, *peers.LOGITS_PEERS) if work == STEP and case.model == "Llama-3" else ()
-    compare(benchmark, recorder, peers.DPO, case, work, names, memory=memory, seconds=7)
+    compare(benchmark, recorder, peers.DPO, case, work, names, memory=memory, seconds=5)
 
 
 @pytest.mark.parametrize("work", [FORWARD, STEP])

@@ -10,4 +10,4 @@ CASES = {"test_linear_dpo_loss": shapes.linear_cases}
 def test_linear_dpo_loss(benchmark, recorder, case):
     names = [peers.FAST, peers.PRODUCTS, *peers.LINEAR_PEERS]
     memory = (peers.FAST, *peers.LINEAR_PEERS) if case.ignored == 0.5 else ()
-    compare(benchmark, recorder, peers.LINEAR, case, STEP, names, memory=memory, seconds=8)
+    compare(benchmark, recorder, peers.LINEAR, case, STEP, names, memory=memory, seconds=4)

@@ -13,4 +13,4 @@ CASES = {"test_token_logps": shapes.level_cases}
 def test_token_logps(benchmark, recorder, case, work):
     first = [peers.FAST, peers.EXTRAS] if work == FORWARD else [peers.INPLACE, peers.FAST]
     names = [*first, peers.READ, peers.COPY, *peers.LOGITS_PEERS]
-    compare(benchmark, recorder, peers.TOKENS, case, work, names, seconds=3)
+    compare(benchmark, recorder, peers.TOKENS, case, work, names, seconds=2)

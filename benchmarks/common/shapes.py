@@ -50,7 +50,7 @@ def growth_by_vocab(device: str) -> list[Case]:
 
 def growth_by_length(device: str) -> list[Case]:
     """Growing sequences under one vocabulary."""
-    lengths = (64, 256, 1024, 2048) if device == "cpu" else (512, 2048, 8192, 16384)
+    lengths = (32, 128, 512, 1024) if device == "cpu" else (512, 2048, 8192, 16384)
     return [Case("SmolLM2", GROWTH_DTYPE, 2, length, device=device) for length in lengths]
 
 
