@@ -8,6 +8,7 @@ from benchmarks.common.harness import compare
 
 CASES = {
     "test_dpo_loss": shapes.target_cases,
+    "test_threads": lambda device: shapes.target_cases(device) if device == "cpu" else [],
     "test_ignored_tokens": shapes.ignored_cases,
     "test_growing_vocabulary": shapes.growth_by_vocab,
     "test_growing_length": shapes.growth_by_length,
@@ -20,11 +21,17 @@ def test_dpo_loss(benchmark, recorder, case, work):
     names = [own, peers.ROW_KERNELS, own + peers.HALF, peers.READ, peers.COPY, *peers.LOGITS_PEERS]
     if work == STEP:
         names.insert(1, peers.FAST)
-    if case.device == "cpu":
-        names += [own + peers.ONE_THREAD, peers.READ + peers.ONE_THREAD]
     # the memory of one shape tells that of the other
     memory = (peers.INPLACE, peers.FAST, *peers.LOGITS_PEERS) if work == STEP and case.model == "Llama-3" else ()
     compare(benchmark, recorder, peers.DPO, case, work, names, memory=memory, seconds=5)
+
+
+@pytest.mark.parametrize("work", [FORWARD, STEP])
+def test_threads(benchmark, recorder, case, work):
+    """Apart from the rest: a change in the number of threads is felt by the calls that follow it."""
+    own = peers.FAST if work == FORWARD else peers.INPLACE
+    names = [own, peers.READ, own + peers.ONE_THREAD, peers.READ + peers.ONE_THREAD]
+    compare(benchmark, recorder, peers.THREADS, case, work, names, seconds=1)
 
 
 @pytest.mark.parametrize("work", [FORWARD, STEP])

@@ -248,14 +248,14 @@ class Candidate:
 
 def time_once(candidate: Candidate, pool: Pool, clock: Clock) -> float:
     """Seconds of one call on the pool's next copy."""
-    x = pool.take()
-
-    def calls() -> Any:
-        for _ in range(candidate.repeat - 1):
-            candidate.call(x)
-        return candidate.call(x)
-
     with torch_threads(candidate.threads):
+        x = pool.take()  # also starts the threads, where their number has changed
+
+        def calls() -> Any:
+            for _ in range(candidate.repeat - 1):
+                candidate.call(x)
+            return candidate.call(x)
+
         return clock.time(calls) / candidate.repeat
 
 

@@ -181,11 +181,12 @@ def synthetic(read=8.0, forward=10.0, step=20.0, naive=300.0, compiled=80.0, one
             extra = 1000 if own == peers.INPLACE else None
             add(peers.DPO, work, case, own, ms, extra)
             add(peers.DPO, work, case, own + peers.HALF, 0.5 * ms)
-            add(peers.DPO, work, case, own + peers.ONE_THREAD, one_thread * ms / 20)
+            for threads in ("", peers.ONE_THREAD):
+                add(peers.THREADS, work, case, own + threads, one_thread * ms / 20 if threads else ms)
+                add(peers.THREADS, work, case, peers.READ + threads, read_one_thread if threads else read)
             add(peers.DPO, work, case, peers.ROW_KERNELS, 0.98 * ms)
             add(peers.DPO, work, case, peers.READ, read)
             add(peers.DPO, work, case, peers.COPY, 2 * read)
-            add(peers.DPO, work, case, peers.READ + peers.ONE_THREAD, read_one_thread)
             add(peers.DPO, work, case, peers.NAIVE, naive, 2 * size)
             add(peers.DPO, work, case, peers.COMPILE, compiled, size)
         add(peers.DPO, STEP, case, peers.FAST, 2 * step, size)

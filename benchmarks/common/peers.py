@@ -31,10 +31,11 @@ from dpo_fast.bench import (
     preference_of,
 )
 
-TOKENS, SEQUENCES, DPO, PREFERENCE, LINEAR = (
+TOKENS, SEQUENCES, DPO, THREADS, PREFERENCE, LINEAR = (
     "token_logps",
     "sequence_logps",
     "dpo_loss",
+    "dpo_loss by threads",
     "preference_loss",
     "linear_dpo_loss",
 )

@@ -48,7 +48,7 @@ def draw_all(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
 def label(case: Case) -> str:
     """A case on an axis."""
     ignored = f"\n{case.ignored:.0%} ignored" if case.ignored else ""
-    return f"{case.model} {case.rows} x {case.V}\n{case.dtype}{ignored}"
+    return f"{case.model}\n{case.rows} x {case.V}\n{case.dtype}{ignored}"
 
 
 def draw_speed(plt: Any, book: Book, device: str) -> tuple[Any, str]:

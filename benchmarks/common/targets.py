@@ -209,8 +209,8 @@ def memory_targets(book: Book, dtype: str, cases: Sequence[Case]) -> list[Target
 
 def _cpu_scaling(book: Book, dtype: str, cases: Sequence[Case], work: str) -> Target:
     own = peers.FAST if work == FORWARD else peers.INPLACE
-    ratios = [book.ratio(peers.DPO, work, case, own + peers.ONE_THREAD, own) for case in cases]
-    reads = [book.ratio(peers.DPO, work, case, peers.READ + peers.ONE_THREAD, peers.READ) for case in cases]
+    ratios = [book.ratio(peers.THREADS, work, case, own + peers.ONE_THREAD, own) for case in cases]
+    reads = [book.ratio(peers.THREADS, work, case, peers.READ + peers.ONE_THREAD, peers.READ) for case in cases]
     found = line(
         f"{dtype} {work}, all threads over one",
         f"≥ {CPU_SCALING:g}x where a plain read is",
