@@ -317,7 +317,7 @@ def machine(device: str) -> dict[str, str]:
         "processors usable": str(_native.usable_processors()),
         "threads": str(torch.get_num_threads()),
         "instruction set": _cpu.isa(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"

@@ -163,6 +163,8 @@ def _checked(records: dict[str, Record], inputs: peers.LevelInputs, pool: Pool, 
             del result
         except Exception as error:
             record.problem = str(error) if isinstance(error, AbsentError) else f"failed ({first_line(error)})"[:300]
+            if inputs.case.device.startswith("cuda"):
+                torch.cuda.empty_cache()  # what a candidate that ran out of memory leaves behind
             continue
         candidates[name] = Candidate(name, call, threads, repeat)
     return [candidates[name] for name in records if name in candidates]
