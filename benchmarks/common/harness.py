@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def compare(
     memory: whose peak extra memory is wanted. wall: time with the processor's clock on CUDA as well. repeat: calls per
     sample. seconds: how long the rounds may take together, at least MIN_ROUNDS of them.
     """
-    inputs = peers.make_level_inputs(level, case)
+    inputs = _inputs_of(level, case)
     small = inputs.x.nbytes * 64 < ROTATED_BYTES and level != peers.LINEAR
     pool = Pool(inputs.x, 0 if small else ROTATED_BYTES)
     clock = Clock(case.device, wall)
@@ -121,6 +122,12 @@ def compare(
         if record.samples:
             record.median_s = statistics.median(record.samples)
     benchmark.extra_info["median_ms"] = {n: 1e3 * r.median_s for n, r in records.items() if r.median_s is not None}
+
+
+@lru_cache(maxsize=1)
+def _inputs_of(level: str, case: Case) -> peers.LevelInputs:
+    """Both works of a case follow each other and share its inputs, of which they only ever get copies."""
+    return peers.make_level_inputs(level, case)
 
 
 def _record(level: str, case: Case, work: str, name: str) -> Record:
