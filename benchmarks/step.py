@@ -28,6 +28,7 @@ from benchmarks.common.peers import first_line
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DATA = EXAMPLES / "data" / "preferences.jsonl"
 PAIRS, TRL_PAIRS, MAX_LENGTH, ROUNDS, TRL_ROUNDS = 2, 1, 256, 5, 3
+SECONDS = 60
 
 Found = dict[str, dict[str, float]]
 
@@ -74,13 +75,17 @@ class Meter:
             "step_ms": 1e3 * statistics.median(self.step_s),
             "loss_ms": 1e3 * statistics.median(self.loss_s),
             "peak_mb": self.peak_bytes / 1e6,
+            "steps": len(self.step_s),
         }
 
 
 def rounds_of(steps: dict[str, Callable[[], float]], device: str, rounds: int) -> Found:
-    """Every step once a round, after one round of warm-up."""
+    """Every step once a round, after one round of warm-up; no third round once they have taken SECONDS."""
     meters = {name: Meter(device) for name in steps}
+    started = time.perf_counter()
     for i in range(rounds + 1):
+        if i > 2 and time.perf_counter() - started > SECONDS:
+            break
         for name, step in steps.items():
             print(f"step.py: {name}, {'warm-up' if i == 0 else f'round {i} of {rounds}'}", flush=True)
             if i == 0:
@@ -193,7 +198,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     result: dict[str, Any] = {
         "settings": f"SmolLM2-135M, float32, up to {args.max_length} tokens a sequence. The demo: {args.pairs} pair(s) "
-        f"a step, medians of {args.rounds} steps; TRL: {TRL_PAIRS} pair(s), medians of {args.trl_rounds}; in turn.",
+        f"a step, TRL: {TRL_PAIRS} pair(s); medians of steps taken in turn.",
         "problems": [],
     }
     for name, measure in (("demo", demo_steps), ("trl", trl_steps)):

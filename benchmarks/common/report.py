@@ -156,7 +156,7 @@ def step_section(step: dict[str, Any] | None) -> str:
         return ""
     parts = ["## Share of a whole training step", step["settings"]]
     if step.get("demo"):
-        lines = [("loss", "step ms", "loss ms", "share of the loss", "step, vs naive", "peak extra of a step")]
+        lines = [("loss", "step ms", "loss ms", "share of the loss", "step, vs naive", "peak extra of a step", "steps")]
         naive = step["demo"]["naive"]
         for name, found in step["demo"].items():
             lines.append(
@@ -167,15 +167,18 @@ def step_section(step: dict[str, Any] | None) -> str:
                     f"{found['loss_ms'] / found['step_ms']:.0%}",
                     f"{naive['step_ms'] / found['step_ms']:.2f}x",
                     f"{found['peak_mb']:.0f} MB",
+                    str(found.get("steps", "")),
                 )
             )
         parts.append(table(lines))
     if step.get("trl"):
-        trl_lines = [("TRL's DPOTrainer", "step ms", "speed-up", "peak extra of a step")]
+        trl_lines = [("TRL's DPOTrainer", "step ms", "speed-up", "peak extra of a step", "steps")]
         plain = step["trl"]["plain"]
         for name, found in step["trl"].items():
             ratio = f"{plain['step_ms'] / found['step_ms']:.2f}x"
-            trl_lines.append((name, f"{found['step_ms']:.0f}", ratio, f"{found['peak_mb']:.0f} MB"))
+            trl_lines.append(
+                (name, f"{found['step_ms']:.0f}", ratio, f"{found['peak_mb']:.0f} MB", str(found.get("steps", "")))
+            )
         parts.append(table(trl_lines))
     parts += [f"Not measured: {problem}." for problem in step.get("problems", [])]
     return "\n\n".join(parts)
