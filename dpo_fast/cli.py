@@ -37,15 +37,30 @@ def info() -> list[tuple[str, str]]:
     return lines
 
 
+def run_bench(device: str, compile_: bool) -> None:
+    """Measures and prints; needs torch."""
+    if importlib.util.find_spec("torch") is None:
+        raise ImportError("bench compares with PyTorch, which is not installed: pip install torch")
+    from dpo_fast import bench
+
+    bench.main(device, compile_)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="dpo-fast", description="Fused preference-tuning losses.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what this copy has: version, instruction set, threads, CUDA, devices")
-    parser.parse_args(argv)
+    bench = commands.add_parser("bench", help="how fast this machine is: dpo_fast beside plain torch, within a minute")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
+    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    args = parser.parse_args(argv)
     try:
+        if args.command == "bench":
+            run_bench(args.device, not args.no_compile)
+            return 0
         lines = info()
-    except (ImportError, ValueError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:
         print(f"dpo-fast: {error}", file=sys.stderr)
         return 1
     width = max(len(name) for name, _ in lines)

@@ -2,7 +2,7 @@
 # Everything that a machine with a GPU can tell, in one go of under 9 minutes: build, tests, compute-sanitizer,
 # benchmarks. Logs and reports go into the folder given. Takes the environment that the Makefile makes, or PYTHON.
 #   tools/gpu_check.sh FOLDER
-# DPO_FAST_CUDA_ARCHS defaults to the GPU found, which shortens the build; MINUTES bounds the whole.
+# STEPS names some of the steps, to run only those. DPO_FAST_CUDA_ARCHS defaults to the GPU found, which shortens the build; MINUTES bounds the whole.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: tools/gpu_check.sh FOLDER}")
 cd "$(dirname "$0")/.."
@@ -17,6 +17,7 @@ failed=()
 step() {
   local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status=0
   shift 2
+  [[ -z "${STEPS:-}" || " $STEPS " == *" $name "* ]] || return 0
   if ((left < 5)); then
     echo "== $name: no time left"
     failed+=("$name (no time)")
@@ -59,11 +60,7 @@ else
 fi
 
 step small 60 "$python" tools/gpu_small.py
-if grep -q '^bench-cuda:' Makefile; then
-  step bench $((deadline - SECONDS)) make bench-cuda VENV="$venv" RESULTS="$out"
-else
-  echo "== no make bench-cuda: skipped"
-fi
+step bench $((deadline - SECONDS)) "$python" -m benchmarks --device cuda --no-step --output "$out/bench"
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[*]}"
