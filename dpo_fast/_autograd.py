@@ -44,3 +44,26 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 def inplace_allowed(inplace_backward: bool) -> bool:
     """Whether backward may write over the logits: not in a compiled graph, where version counters guard nothing."""
     return inplace_backward and not torch.compiler.is_compiling()
+
+
+class _NoContext:
+    """Stands for an autograd context where no gradient is wanted: keeps nothing."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def _ignore(self, *_: Any) -> None:
+        pass
+
+    save_for_backward = mark_non_differentiable = set_materialize_grads = _ignore
+
+
+_NO_CONTEXT = _NoContext()
+
+
+def run(function: Any, tensor: Tensor, *args: Any) -> Any:
+    """function.apply, or its forward alone where `tensor`, the one that may get a gradient, wants none: much cheaper."""
+    if torch.compiler.is_compiling() or (tensor.requires_grad and torch.is_grad_enabled()):
+        return function.apply(tensor, *args)
+    with torch.no_grad():
+        return function.forward(_NO_CONTEXT, tensor, *args)

@@ -7,6 +7,7 @@ batch (sorting), or are a function given by the user: those stand in _coupled.py
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -287,6 +288,22 @@ def choose_loss(
     )
     coupled = tuple((t, w) for t, w, c in zip(types, weights, is_coupled, strict=True) if c)
     return Loss(options, coupled, flags, divisor, total_pairs)
+
+
+@functools.lru_cache(maxsize=64)
+def _chosen_before(items: tuple[tuple[str, Any], ...]) -> Loss:
+    return choose_loss(**dict(items))
+
+
+_PLAIN = (str, float, int, bool, type(None))
+
+
+def remembered_loss(**options: Any) -> Loss:
+    """As `choose_loss`; a choice made of plain numbers and names is remembered, which saves small calls some time."""
+    for value in options.values():
+        if value.__class__ not in _PLAIN:
+            return choose_loss(**options)
+    return _chosen_before(tuple(options.items()))
 
 
 def _normalisation(

@@ -29,7 +29,7 @@ from dpo_fast._head import (
     default_budget,
     plan_rows,
 )
-from dpo_fast._loss_options import LossKeywords, LossOptions, LossType, choose_loss
+from dpo_fast._loss_options import LossKeywords, LossOptions, LossType
 from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors
 from dpo_fast._zero3 import gathered
 from dpo_fast.logps import check_no_grad
@@ -37,6 +37,7 @@ from dpo_fast.losses import (
     baseline_tensor,
     check_loss_outputs,
     check_tensors,
+    checked_loss,
     loss_pairs,
     reduced_output,
     token_weights_of,
@@ -140,7 +141,7 @@ class _LinearDPOLoss(torch.autograd.Function):
         loss_options: LossOptions,
         divisor: float,
         wpo: bool,
-        want: tuple[bool, bool, bool],
+        want: tuple[bool, bool, bool, bool],
         budget: int,
         compact: bool,
         needs: tuple[bool, ...],
@@ -148,7 +149,7 @@ class _LinearDPOLoss(torch.autograd.Function):
         average = loss_options.average
         out = torch.ops.dpo_fast.linear_dpo_forward(
             hidden, weight, bias, lora_a, lora_b, lora_scaling, targets, ref_logps, cu_seqlens, token_weights, average,
-            pairs, pair_weights, baseline, *options, *loss_options, divisor, wpo, *want, budget, compact, *needs,
+            pairs, pair_weights, baseline, *options, *loss_options, divisor, wpo, *want[1:], budget, compact, *needs,
         )  # fmt: skip
         loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads = out[:8]
         extras, grads = out[8:11], out[11:]
@@ -407,7 +408,7 @@ def linear_dpo_loss(
         pair_weights=pair_weights, desirable=desirable, cu_seqlens=cu_seqlens, token_weights=token_weights,
     )  # fmt: skip
     logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
-    loss = choose_loss(
+    loss = checked_loss(
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast import ops
-from dpo_fast._autograd import differentiable_once, inplace_allowed
+from dpo_fast._autograd import differentiable_once, inplace_allowed, run
 from dpo_fast._checks import (
     IGNORE_NOTHING,
     TOKEN_OUTPUTS,
@@ -37,7 +37,7 @@ class _TokenLogps(torch.autograd.Function):
         want: tuple[bool, bool, bool, bool],
         inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
-        out = torch.ops.dpo_fast.token_forward(logits, targets, row_mask, *options, *want)
+        out = ops.call("token_forward", logits, targets, row_mask, *options, *want)
         logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs = out
         ctx.save_for_backward(logits, targets, row_mask, logps, stats, entropy)
         ctx.options, ctx.inplace_backward, ctx.has_entropy = options, inplace_backward, want[0]
@@ -56,9 +56,9 @@ class _TokenLogps(torch.autograd.Function):
             return (None,) * 6
         args = (logits, targets, row_mask, *ctx.options, logps, stats, entropy, grad_logps, grad_entropy)
         if ctx.inplace_backward:
-            torch.ops.dpo_fast.token_backward_(*args)
+            ops.call("token_backward_", *args)
             return (logits.detach(), *(None,) * 5)
-        return (torch.ops.dpo_fast.token_backward(*args), *(None,) * 5)
+        return (ops.call("token_backward", *args), *(None,) * 5)
 
 
 class _SequenceLogps(torch.autograd.Function):
@@ -73,7 +73,7 @@ class _SequenceLogps(torch.autograd.Function):
         options: LogitOptions,
         inplace_backward: bool,
     ) -> Tensor:
-        out = torch.ops.dpo_fast.sequence_forward(logits, targets, cu_seqlens, token_weights, average, *options, False)
+        out = ops.call("sequence_forward", logits, targets, cu_seqlens, token_weights, average, *options, False)
         seq_logps, logps, stats, seq_saved = out
         ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, logps, stats, seq_saved)
         ctx.average, ctx.options, ctx.inplace_backward = average, options, inplace_backward
@@ -86,9 +86,9 @@ class _SequenceLogps(torch.autograd.Function):
         args = (logits, targets, cu_seqlens, token_weights, ctx.average, *ctx.options, logps, stats, grad_seq_logps)
         args = (*args, seq_saved)
         if ctx.inplace_backward:
-            torch.ops.dpo_fast.sequence_backward_(*args)
+            ops.call("sequence_backward_", *args)
             return (logits.detach(), *(None,) * 6)
-        return (torch.ops.dpo_fast.sequence_backward(*args), *(None,) * 6)
+        return (ops.call("sequence_backward", *args), *(None,) * 6)
 
 
 def check_no_grad(name: str, tensor: Tensor | None) -> None:
@@ -136,7 +136,7 @@ def token_logps(
     check_logits_shape(logits.shape)
     check_shape("targets", targets.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
     want = tuple(name in outputs for name in TOKEN_OUTPUTS[1:])
-    logps, *extras = _TokenLogps.apply(logits, targets, None, options, want, inplace_allowed(inplace_backward))
+    logps, *extras = run(_TokenLogps, logits, targets, None, options, want, inplace_allowed(inplace_backward))
     return TokenOutput(
         logps if "logps" in outputs else None,
         *(value if wanted else None for value, wanted in zip(extras, want, strict=True)),
@@ -186,7 +186,7 @@ def selective_log_softmax(
         logits = logits.flatten(0, -2)
         index = index.flatten() if gathers_one else index.flatten(0, -2)
         rows_kept = None if rows_kept is None else rows_kept.flatten()
-    logps = _TokenLogps.apply(logits, index, rows_kept, options, (False,) * 4, False)[0].reshape(shape)
+    logps = run(_TokenLogps, logits, index, rows_kept, options, (False,) * 4, False)[0].reshape(shape)
     if row_mask is not None and not gathers_one:
         logps = logps.masked_fill(row_mask == 0, 0)
     return logps  # type: ignore[no-any-return]
@@ -224,6 +224,6 @@ def sequence_logps(
     """
     check_no_grad("token_weights", token_weights)
     options = logit_options(ignore_index, temperature, logit_scale, softcap)
-    return _SequenceLogps.apply(  # type: ignore[no-any-return]
-        logits, targets, cu_seqlens, token_weights, average, options, inplace_allowed(inplace_backward)
+    return run(  # type: ignore[no-any-return]
+        _SequenceLogps, logits, targets, cu_seqlens, token_weights, average, options, inplace_allowed(inplace_backward)
     )

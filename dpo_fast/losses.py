@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dpo_fast import ops
-from dpo_fast._autograd import differentiable_once, inplace_allowed
+from dpo_fast._autograd import differentiable_once, inplace_allowed, run
 from dpo_fast._checks import TOKEN_OUTPUTS, LogitOptions, check_shape, check_token_outputs, logit_options, pair_count
 from dpo_fast._coupled import coupled_losses
-from dpo_fast._loss_options import Loss, LossKeywords, LossOptions, LossType, choose_loss
+from dpo_fast._loss_options import Loss, LossKeywords, LossOptions, LossType, choose_loss, remembered_loss
 from dpo_fast._sequences import kept_rows, ld_dpo_weights, sum_by_sequence
 from dpo_fast.logps import check_no_grad
 from dpo_fast.outputs import DPOOutput, TokenOutput
@@ -42,20 +42,23 @@ class _DPOLoss(torch.autograd.Function):
         loss_options: LossOptions,
         divisor: float,
         wpo: bool,
-        want: tuple[bool, bool, bool],
+        want: tuple[bool, bool, bool, bool],
         inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
         average = loss_options.average
-        out = torch.ops.dpo_fast.dpo_forward(
-            logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *options,
-            *loss_options, divisor, wpo, *want,
+        out = ops.call(
+            "dpo_forward", logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights,
+            baseline, *options, *loss_options, divisor, wpo, *want[1:],
         )  # fmt: skip
         loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras, seq_saved = out
         ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads, seq_saved)
         ctx.average, ctx.options, ctx.divisor, ctx.inplace_backward = average, options, divisor, inplace_backward
-        tokens = logps.clone() if want[0] else logps.new_empty(0)
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
         ctx.set_materialize_grads(False)
+        if not want[0]:
+            ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+            return loss, losses, seq_logps, chosen_rewards, rejected_rewards
+        tokens = logps.clone()
+        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
         return loss, losses, seq_logps, chosen_rewards, rejected_rewards, tokens, *extras
 
     @staticmethod
@@ -69,9 +72,9 @@ class _DPOLoss(torch.autograd.Function):
         args = (logits, targets, cu_seqlens, token_weights, ctx.average, pairs, *ctx.options, ctx.divisor)
         args = (*args, logps, stats, pair_grads, grad_loss, grad_losses, grad_seq_logps, seq_saved)
         if ctx.inplace_backward:
-            torch.ops.dpo_fast.dpo_backward_(*args)
+            ops.call("dpo_backward_", *args)
             return (logits.detach(), *(None,) * 13)
-        return (torch.ops.dpo_fast.dpo_backward(*args), *(None,) * 13)
+        return (ops.call("dpo_backward", *args), *(None,) * 13)
 
 
 class _PreferenceLoss(torch.autograd.Function):
@@ -87,8 +90,8 @@ class _PreferenceLoss(torch.autograd.Function):
         loss_options: LossOptions,
         divisor: float,
     ) -> tuple[Tensor, ...]:
-        out = torch.ops.dpo_fast.preference_forward(
-            logps, ref_logps, lengths, pairs, pair_weights, baseline, *loss_options, divisor
+        out = ops.call(
+            "preference_forward", logps, ref_logps, lengths, pairs, pair_weights, baseline, *loss_options, divisor
         )
         loss, losses, chosen_rewards, rejected_rewards, pair_grads = out
         ctx.save_for_backward(logps, pairs, pair_grads)
@@ -103,7 +106,7 @@ class _PreferenceLoss(torch.autograd.Function):
         logps, pairs, pair_grads = ctx.saved_tensors
         if grad_loss is None and grad_losses is None:
             return (None,) * 8
-        grad = torch.ops.dpo_fast.preference_backward(logps, pairs, ctx.divisor, pair_grads, grad_loss, grad_losses)
+        grad = ops.call("preference_backward", logps, pairs, ctx.divisor, pair_grads, grad_loss, grad_losses)
         return (grad, *(None,) * 7)
 
 
@@ -222,12 +225,17 @@ def with_tokens(
     return out._replace(tokens=found, token_sums=by_sequence)
 
 
-def check_loss_outputs(outputs: Sequence[str]) -> tuple[bool, bool, bool]:
-    """Which statistics of tokens a loss is asked for beside log-probs."""
+def checked_loss(**options: Any) -> Loss:
+    """`choose_loss`, remembered in eager mode."""
+    return choose_loss(**options) if torch.compiler.is_compiling() else remembered_loss(**options)
+
+
+def check_loss_outputs(outputs: Sequence[str]) -> tuple[bool, bool, bool, bool]:
+    """Which statistics of tokens a loss is asked for; log-probs, where any is."""
     check_token_outputs(outputs)
     if "log_sum_sq_probs" in outputs:
         raise ValueError("a loss gives no 'log_sum_sq_probs': see token_logps")
-    return tuple(name in outputs for name in TOKEN_OUTPUTS[1:4])  # type: ignore[return-value]
+    return (bool(outputs), *(name in outputs for name in TOKEN_OUTPUTS[1:4]))  # type: ignore[return-value]
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -307,7 +315,7 @@ def dpo_loss(
         pair_weights=pair_weights, cu_seqlens=cu_seqlens, token_weights=token_weights,
     )  # fmt: skip
     logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
-    loss = choose_loss(
+    loss = checked_loss(
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,
@@ -333,12 +341,13 @@ def dpo_loss(
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
         ops.check_rows(ref_logits, targets, name="ref_logits")
         # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
-        ref_logps = torch.ops.dpo_fast.sequence_forward(
-            ref_logits.detach(), targets, cu_seqlens, weights, loss.average, *logit_opts, True
+        ref_logps = ops.call(
+            "sequence_forward", ref_logits.detach(), targets, cu_seqlens, weights, loss.average, *logit_opts, True
         )[0]
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
-    reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = _DPOLoss.apply(
+    reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = run(
+        _DPOLoss,
         logits,
         targets,
         ref_logps,
@@ -393,7 +402,7 @@ def preference_loss(
     check_tensors(
         logps=logps, ref_logps=ref_logps, pairs=pairs, pair_weights=pair_weights, desirable=desirable, lengths=lengths
     )
-    loss = choose_loss(
+    loss = checked_loss(
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,
@@ -414,7 +423,8 @@ def preference_loss(
         ref_logps = ref_logps.detach()
     if loss.unpaired or desirable is not None:
         pairs = loss_pairs(loss, logps.shape[0], pairs, desirable, logps.device)
-    reduced, losses, chosen_rewards, rejected_rewards = _PreferenceLoss.apply(
+    reduced, losses, chosen_rewards, rejected_rewards = run(
+        _PreferenceLoss,
         values,
         ref_logps,
         lengths,

@@ -71,9 +71,30 @@ def define(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
     torch.library.register_fake(f"dpo_fast::{name}", fake, lib=_lib)
 
 
+# The implementations for the CPU, by name.
+_ON_CPU: dict[str, Callable[..., Any]] = {}
+
+
 def implement(name: str, implementation: Callable[..., Any], key: str) -> None:
     """Gives an operator an implementation for one kind of device."""
     _lib.impl(name, implementation, key)
+    if key == "CPU":
+        _ON_CPU[name] = implementation
+
+
+def call(name: str, tensor: Tensor, *args: Any) -> Any:
+    """Calls an operator; straight, without torch's dispatcher, where nothing there would take part.
+
+    That is in eager mode, for plain tensors on the CPU, with no mode on the stack. It saves some 10 us a call.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and tensor.__class__ in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        return _ON_CPU[name](tensor, *args)
+    return getattr(torch.ops.dpo_fast, name)(tensor, *args)
 
 
 def _define(
@@ -86,7 +107,7 @@ def _define(
         return other(*args)
 
     define(name, schema, checked, fake)
-    _lib.impl(name, cpu, "CPU")
+    implement(name, cpu, "CPU")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -748,7 +769,7 @@ _BACKWARD_KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 def implement_backward(name: str, into: Callable[..., None], key: str) -> None:
     """Gives `name` and `name_` an implementation for one kind of device; `into` fills the gradient it gets first."""
     for full_name, kind in zip((name, name + "_"), _BACKWARD_KINDS[name], strict=True):
-        _lib.impl(full_name, kind(into), key)
+        implement(full_name, kind(into), key)
 
 
 def _define_backward(

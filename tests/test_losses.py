@@ -256,6 +256,25 @@ def own_loss(chosen, rejected, ref_chosen, ref_rejected):
     return (chosen - rejected - ref_chosen + ref_rejected - 1) ** 2
 
 
+@pytest.mark.parametrize("outputs", [("logps",), ("logps", "mean_logits"), ("is_top1",), ("entropy", "logps")], ids=str)
+def test_statistics_asked_for_one_by_one(outputs):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 4, 3, generator=g), torch.randn(5, 3, generator=g)
+    targets = torch.randint(0, 5, (2, 4), generator=g)
+    logits = hidden @ weight.T
+    expected = dpo_fast.token_logps(logits, targets, outputs=outputs)
+    for out in (
+        dpo_fast.dpo_loss(logits, targets, outputs=outputs),
+        dpo_fast.dpo_loss(logits.clone().requires_grad_(), targets, outputs=outputs),
+        dpo_fast.linear_dpo_loss(hidden, weight, targets, outputs=outputs),
+    ):
+        for found, value in zip(out.tokens, expected, strict=True):
+            assert (found is None) == (value is None)
+            if value is not None:
+                torch.testing.assert_close(found, value)
+        assert isinstance(out.metrics(), dict)
+
+
 def test_own_function_at_every_level():
     S, T, H, V = 4, 5, 3, 17
     g = torch.Generator().manual_seed(0)
