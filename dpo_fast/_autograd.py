@@ -62,7 +62,7 @@ _NO_CONTEXT = _NoContext()
 
 
 def run(function: Any, tensor: Tensor, *args: Any) -> Any:
-    """function.apply, or its forward alone where `tensor`, the one that may get a gradient, wants none: much cheaper."""
+    """function.apply; its forward alone, much cheaper, where `tensor`, which may get a gradient, wants none."""
     if torch.compiler.is_compiling() or (tensor.requires_grad and torch.is_grad_enabled()):
         return function.apply(tensor, *args)
     with torch.no_grad():

@@ -13,6 +13,25 @@ from typing import Any
 import dpo_fast
 
 
+def has_cuda_kernels() -> bool:
+    """Whether the CUDA extension was built."""
+    return importlib.util.find_spec("dpo_fast._cuda") is not None
+
+
+def cuda_build() -> str:
+    """What the CUDA extension is made for, and whether the driver found will do."""
+    if not has_cuda_kernels():
+        return "none"
+    from dpo_fast import _cuda
+
+    needed, found = _cuda.runtime_version(), _cuda.driver_version()
+    if found == (0, 0):
+        driver = "no driver found"
+    else:
+        driver = f"the driver serves CUDA {found[0]}.{found[1]}" + ("" if found >= needed[:1] else ", which is too old")
+    return f"CUDA {needed[0]}.{needed[1]}, {', '.join(_cuda.archs())}; {driver}"
+
+
 def info() -> list[tuple[str, str]]:
     """What this installed copy has, as (name, value) lines."""
     lines = [("dpo_fast", dpo_fast.__version__), ("Python", platform.python_version())]
@@ -28,11 +47,12 @@ def info() -> list[tuple[str, str]]:
     lines.append(("threads, NumPy", str(_native.get_num_threads())))
     if torch:
         lines.append(("threads, torch", str(torch.get_num_threads())))
-    lines.append(("CUDA build", "none"))
+    lines.append(("CUDA build", cuda_build()))
     lines.append(("cpu will use", f"native kernels, {_cpu.isa()}"))
     if torch:
         for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            lines.append((f"cuda:{i} will use", f"plain torch, in chunks of rows ({torch.cuda.get_device_name(i)})"))
+            how = "native kernels" if has_cuda_kernels() else "plain torch, in chunks of rows"
+            lines.append((f"cuda:{i} will use", f"{how} ({torch.cuda.get_device_name(i)})"))
         lines.append(("other devices use", "plain torch, in chunks of rows"))
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -46,6 +47,30 @@ def ddp(rank):
         torch.testing.assert_close(grad, p.grad)
 
 
+def uneven_shares(rank):
+    """Ranks with different numbers of pairs and tokens, in microbatches of one pair: the large batch's gradient."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(V, H), torch.nn.Linear(H, V, bias=False))
+    ids, targets, ref, _ = problem()
+    targets[0, 2:5] = -100
+    options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    n_tokens = (targets[: S // 2] != -100).sum().item()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    mine = [0] if rank == 0 else [1, 2, 3]
+    total = {"num_pairs": S // 2 / WORLD, "num_chosen_tokens": n_tokens / WORLD}
+    for k, p in enumerate(mine):
+        rows = [p, p + S // 2]
+        last = k == len(mine) - 1
+        with contextlib.nullcontext() if last else wrapped.no_sync():
+            out = dpo_fast.dpo_loss(wrapped(ids[rows]), targets[rows], ref[rows], **options, **total)
+            out.loss.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    dpo_fast.dpo_loss(model(ids), targets, ref, **options).loss.backward()
+    for grad, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad)
+
+
 def sharded_head(rank):
     """A DTensor weight: gathered once, its gradient averaged over the ranks' different data and sharded again."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -73,7 +98,7 @@ def worker(rank, body, port):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("body", [ddp, sharded_head], ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", [ddp, uneven_shares, sharded_head], ids=lambda body: body.__name__)
 def test_two_processes(body):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

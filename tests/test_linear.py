@@ -545,3 +545,27 @@ def test_partitioned_parameters_are_gathered_in_forward_and_backward(monkeypatch
         assert away.numel() == 0
         recomputed.append(len(gathers) > n_forward)
     assert recomputed == [True, False, True]  # gradients made in forward need no head in backward
+
+
+def test_peak_memory_does_not_grow_with_the_sequence():
+    """From T = 1024 to T = 8192 by a few times what hidden states take, while logits would take 32 times as much."""
+    peaks = [
+        peak_growth(
+            f"""
+            S, T, H, V, budget = 2, {T}, 64, 8192, 16 << 20
+            hidden = torch.randn(S, T, H, requires_grad=True)
+            weight = torch.randn(V, H, requires_grad=True)
+            targets = torch.randint(0, V, (S, T))
+            small = torch.randn(S, 8, H, requires_grad=True)
+            dpo_fast.linear_dpo_loss(small, weight, targets[:, :8], memory_budget=budget).loss.backward()
+            def step():
+                dpo_fast.linear_dpo_loss(hidden, weight, targets, memory_budget=budget).loss.backward()
+            print(peak_growth(step))
+            """
+        )
+        for T in (1024, 8192)
+    ]
+    hidden_bytes = 2 * (8192 - 1024) * 64 * 4
+    logits_bytes = 2 * (8192 - 1024) * 8192 * 4
+    assert peaks[0] <= (16 << 20) * 1.5 + 8192 * 64 * 4 * 4
+    assert peaks[1] - peaks[0] <= 8 * hidden_bytes < logits_bytes / 12

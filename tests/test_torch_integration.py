@@ -199,9 +199,11 @@ def test_fake_cuda_tensors():
         assert out.losses.shape == (2,)
         assert out.loss.device.type == "cuda"
         assert out.logps.dtype == torch.float32
-        saved = torch.ops.dpo_fast.dpo_forward(
+        forward = torch.ops.dpo_fast.dpo_forward(
             x, targets, None, None, None, False, None, None, None, *OPTIONS, *LOSS, False, False, False, False
-        )[5:8]
+        )
+        saved = forward[5:8]
+        assert (len(forward[-1]) == 4) == ops.has_cuda_kernels()  # what the CUDA kernels keep of each sequence
         args = (x, targets, None, None, False, None, *OPTIONS, 0.0, *saved, out.loss, None, None)
         grad = torch.ops.dpo_fast.dpo_backward(*args)
         assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)

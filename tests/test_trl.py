@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import pytest
@@ -376,3 +377,59 @@ def test_contract_with_trl():
     source = inspect.getsource(utils.add_fused_lm_head)
     assert "_ChunkedLogProbFunction.apply(" in source
     assert "compact = _use_triton(" in source
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """TRL's trainer over SmolLM2-135M on real preference pairs, and one of its batches."""
+    import sys
+    from pathlib import Path
+
+    examples = Path(__file__).resolve().parent.parent / "examples"
+    sys.path.insert(0, str(examples))
+    try:
+        import train_dpo
+    finally:
+        sys.path.remove(str(examples))
+    try:
+        found = train_dpo.find_model(None)
+    except train_dpo.DemoError as error:
+        pytest.skip(str(error))
+    policy, tokenizer = train_dpo.load_model(*found, torch.device("cpu"))
+    ref_model, _ = train_dpo.load_model(*found, torch.device("cpu"))
+    with torch.no_grad():  # a policy that is not its reference
+        policy.model.layers[-1].mlp.down_proj.weight.mul_(1.05)
+    trainer = trl.DPOTrainer(
+        model=policy,
+        ref_model=ref_model,
+        args=arguments_of(
+            trl.DPOConfig, tmp_path_factory.mktemp("smollm2"), max_length=64, gradient_checkpointing=False
+        ),
+        train_dataset=datasets.load_dataset(
+            "json", data_files=str(examples / "data" / "preferences.jsonl"), split="train"
+        ),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    return trainer, {k: v[[0, 1, 4, 5]] for k, v in batch.items()}
+
+
+def test_smollm2_on_real_pairs(smollm2):
+    """Loss, metrics and gradients of a step for every loss type, with and without dpo_fast (one test: one model)."""
+    trainer, batch = smollm2
+    last = trainer.model.model.layers[-1].mlp.down_proj.weight
+    for loss in LOSSES:
+        trainer.loss_types, trainer.loss_weights = [loss], [1.0]
+        trainer.label_smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
+        found = []
+        for fast in (False, True):
+            trainer._metrics["train"].clear()
+            with use_dpo_fast(trainer) if fast else contextlib.nullcontext():
+                value = trainer._compute_loss(trainer.model, batch, False)
+                (grad,) = torch.autograd.grad(value, last)
+            metrics = {k: v[-1] for k, v in trainer._metrics["train"].items() if k != "num_tokens"}
+            found.append((value.item(), metrics, grad))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-4), loss
+        assert found[1][1] == pytest.approx(found[0][1], rel=1e-4, abs=1e-4), loss
+        largest = found[0][2].abs().max().item()
+        torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-3, atol=1e-4 * largest)

@@ -9,7 +9,7 @@ rm -rf "$work" && mkdir -p "$work"
 cp -r setup.py pyproject.toml README.md LICENSE csrc dpo_fast tests "$work"
 rm -f "$work"/dpo_fast/*.so
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-(cd "$work" && DPO_FAST_CXXFLAGS="$flags -O1" DPO_FAST_LDFLAGS="$flags" "$python" setup.py -q build_ext --inplace)
+(cd "$work" && DPO_FAST_CUDA=0 DPO_FAST_CXXFLAGS="$flags -O1" DPO_FAST_LDFLAGS="$flags" "$python" setup.py -q build_ext --inplace)
 preload=$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)
 # torch and Python never free some of their own memory: leaks are not what is looked for
 cd "$work" && LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. "$python" -m pytest -q -p no:cacheprovider \
