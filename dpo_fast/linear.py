@@ -24,13 +24,14 @@ from dpo_fast._checks import (
     check_token_outputs,
     logit_options,
 )
+from dpo_fast._coupled import sides
 from dpo_fast._head import (
     LinearPlan,
     default_budget,
     plan_rows,
 )
-from dpo_fast._loss_options import LossKeywords, LossOptions, LossType
-from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors
+from dpo_fast._loss_options import Loss, LossKeywords, LossOptions, LossType
+from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors, wpo_weights
 from dpo_fast._zero3 import gathered
 from dpo_fast.logps import check_no_grad
 from dpo_fast.losses import (
@@ -39,6 +40,7 @@ from dpo_fast.losses import (
     check_tensors,
     checked_loss,
     loss_pairs,
+    losses_of_log_probs,
     reduced_output,
     token_weights_of,
     with_tokens,
@@ -143,13 +145,12 @@ class _LinearDPOLoss(torch.autograd.Function):
         wpo: bool,
         want: tuple[bool, bool, bool, bool],
         budget: int,
-        compact: bool,
         needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
         average = loss_options.average
         out = torch.ops.dpo_fast.linear_dpo_forward(
             hidden, weight, bias, lora_a, lora_b, lora_scaling, targets, ref_logps, cu_seqlens, token_weights, average,
-            pairs, pair_weights, baseline, *options, *loss_options, divisor, wpo, *want[1:], budget, compact, *needs,
+            pairs, pair_weights, baseline, *options, *loss_options, divisor, wpo, *want[1:], budget, *needs,
         )  # fmt: skip
         loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads = out[:8]
         extras, grads = out[8:11], out[11:]
@@ -157,7 +158,7 @@ class _LinearDPOLoss(torch.autograd.Function):
             hidden, weight, bias, lora_a, lora_b, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads
         )
         ctx.lora_scaling, ctx.average, ctx.options, ctx.divisor = lora_scaling, average, options, divisor
-        ctx.budget, ctx.compact, ctx.n_seqs = budget, compact, seq_logps.shape[0]
+        ctx.budget, ctx.n_seqs = budget, seq_logps.shape[0]
         ctx.grads = list(grads) if any(needs) else None
         tokens = logps.clone() if want[0] else logps.new_empty(0)
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
@@ -175,14 +176,14 @@ class _LinearDPOLoss(torch.autograd.Function):
         )
         needs = ctx.needs_input_grad[:5]
         if grad_loss is None and grad_losses is None and grad_seq_logps is None:
-            return (None,) * 21
+            return (None,) * 20
         grads, ctx.grads = ctx.grads, None
         if grads is not None and grad_loss is not None and grad_losses is None and grad_seq_logps is None:
             # made in forward, for a gradient of 1
             if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
                 grads = [grad.mul_(grad_loss) for grad in grads]
             grads = [grad.to(hidden.dtype) for grad in grads]
-            return (*_optional(grads, needs), *(None,) * 16)
+            return (*_optional(grads, needs), *(None,) * 15)
         del grads
         like = logps.new_empty(ctx.n_seqs)
         g = torch.ops.dpo_fast.preference_backward(like, pairs, ctx.divisor, pair_grads, grad_loss, grad_losses)
@@ -195,9 +196,9 @@ class _LinearDPOLoss(torch.autograd.Function):
         with gathered(weight, bias, lora_a, lora_b):
             out = torch.ops.dpo_fast.linear_token_backward(
                 hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, None,
-                None, grad_logps, None, ctx.budget, ctx.compact, *needs,
+                None, grad_logps, None, ctx.budget, True, *needs,
             )  # fmt: skip
-        return (*_optional(out, needs), *(None,) * 16)
+        return (*_optional(out, needs), *(None,) * 15)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -259,7 +260,8 @@ def linear_token_logps(
         ignore_index, temperature, logit_scale, softcap, outputs: as for `token_logps`.
         memory_budget: bytes for tiles of logits (default 256 MiB on the CPU, 1 GiB elsewhere; at least 32 rows are
             taken at a time). Logits that fit stay until backward, the rest is computed again; see `linear_plan`.
-        compact: drop ignored rows before the products. False keeps all shapes independent of the data (CUDA graphs).
+        compact: drop ignored rows before the products. False keeps all shapes independent of the data and reads nothing
+            on the host, for CUDA graphs (of padded batches).
 
     Returns:
         TokenOutput as from `token_logps`. Gradients: hidden, weight, bias, A and B, as far as they require them;
@@ -349,6 +351,49 @@ def _linear_sequence_sums(
     ).logps
     factors = token_factors(kept, token_weights, cu_seqlens, average, torch.float64)
     return logps, sum_by_sequence(logps.double() * factors, cu_seqlens)
+
+
+def _uncompacted_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    loss: Loss,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weights: Tensor | None,
+    pairs: Tensor | None,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+    ignore_index: int,
+    wpo: bool,
+    outputs: Sequence[str],
+    **options: Any,
+) -> DPOOutput:
+    """The loss level by level, with shapes that depend on no value: what `compact=False` asks for."""
+    kept = kept_rows(targets, ignore_index, weights)
+    names = {"logps", *outputs} | ({"log_sum_sq_probs"} if wpo else set())
+    tokens = linear_token_logps(
+        hidden, weight, torch.where(kept, targets, ignore_index), bias, ignore_index=ignore_index,
+        outputs=tuple(names), compact=False, **options,
+    )  # fmt: skip
+    wide = tokens.logps.dtype
+    factors = token_factors(kept, weights, cu_seqlens, loss.average, torch.float64)
+    sums = sum_by_sequence(tokens.logps.double() * factors, cu_seqlens)
+    if ops.rounds_sums(hidden, ref_logps):
+        sums = sums.float().double()
+    n_pairs = ops.check_pairs(hidden, sums.shape[0], pairs, ref_logps, pair_weights, baseline)
+    if wpo:
+        each = wpo_weights(tokens.logps.detach(), tokens.log_sum_sq_probs, kept, cu_seqlens)
+        chosen, rejected = sides(each, n_pairs, pairs)
+        pair_weights = chosen * rejected if pair_weights is None else chosen * rejected * pair_weights
+    lengths = sum_by_sequence((targets != ignore_index).double(), cu_seqlens)
+    found = losses_of_log_probs(sums, ref_logps, lengths, pairs, pair_weights, baseline, loss)
+    reduced, losses, chosen_rewards, rejected_rewards, logps = (value.to(wide) for value in (*found, sums))
+    out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
+    nothing = logps.new_empty(0)
+    statistics = [nothing if value is None else value.detach() for value in tokens[:4]]
+    return with_tokens(out, outputs, statistics, targets, ignore_index, weights, cu_seqlens)
 
 
 def linear_dpo_loss(
@@ -451,13 +496,21 @@ def linear_dpo_loss(
                 memory_budget=memory_budget,
                 compact=compact,
             )
+    if ref_logps is not None:
+        ref_logps = ref_logps.detach()
+    if not compact:
+        head_options = {"lora": lora, "memory_budget": memory_budget}
+        logit_keywords = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        out = _uncompacted_loss(
+            hidden, weight, targets, bias, loss, ref_logps, cu_seqlens, weights, pairs, pair_weights,
+            baseline_tensor(baseline, hidden), ignore_index, wpo, outputs, **head_options, **logit_keywords,
+        )  # fmt: skip
+        return reduced_output(out, loss, ref_logps, pair_weights, reduction)
     budget = default_budget(hidden.device, memory_budget)
     with gathered(weight, bias, *(lora or ())):
         head = _prepare(hidden, weight, bias, lora)
         grad = torch.is_grad_enabled()
         needs = tuple(grad and isinstance(t, Tensor) and t.requires_grad for t in head[:5])
-        if ref_logps is not None:
-            ref_logps = ref_logps.detach()
         reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = _LinearDPOLoss.apply(
             *head,
             targets,
@@ -473,7 +526,6 @@ def linear_dpo_loss(
             wpo,
             want,
             budget,
-            compact,
             # gradients of "none" and of losses that couple the batch are made in backward
             needs if reduction != "none" and not loss.coupled else (False,) * 5,
         )

@@ -67,7 +67,7 @@ SCHEMAS = {
     f"{_NEEDS}) -> ({_GRADS})",
     "linear_dpo_forward": f"({_HEAD}, Tensor? ref_logps, Tensor? cu_seqlens, Tensor? token_weights, bool average, "
     f"{ops.PAIRS}, {ops.OPTIONS}, {ops.LOSS}, bool wpo, bool entropy, bool mean_logits, bool is_top1, "
-    f"int memory_budget, bool compact, {_NEEDS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, "
+    f"int memory_budget, {_NEEDS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, "
     "Tensor rejected_rewards, Tensor seq_logps, Tensor logps, Tensor stats, Tensor pair_grads, Tensor entropy, "
     f"Tensor mean_logits, Tensor is_top1, {_GRADS})",
 }
@@ -289,17 +289,16 @@ class _Arguments(NamedTuple):
     wpo: bool
     want: tuple[bool, bool, bool]
     budget: int
-    compact: bool
     needs: Needs
 
     @classmethod
     def parse(cls, args: Sequence[Any]) -> _Arguments:
         n = 11 + ops.N_LOSS
         loss = LossOptions(*args[11:n])
-        divisor, wpo, entropy, mean_logits, is_top1, budget, compact = args[n : n + 7]
+        divisor, wpo, entropy, mean_logits, is_top1, budget = args[n : n + 6]
         want = (entropy, mean_logits, is_top1)
-        needs = Needs(*args[n + 7 :])
-        return cls(*args[:7], LogitOptions(*args[7:11]), loss, divisor, wpo, want, budget, compact, needs)  # type: ignore[call-arg]
+        needs = Needs(*args[n + 6 :])
+        return cls(*args[:7], LogitOptions(*args[7:11]), loss, divisor, wpo, want, budget, needs)  # type: ignore[call-arg]
 
     def check(self, head: Head, hidden: Tensor, targets: Tensor) -> tuple[int, int]:
         """Returns the numbers of sequences and pairs."""
@@ -337,10 +336,9 @@ class _Batch:
 
     def __init__(self, args: _Arguments, targets: Tensor, n_seqs: int, n_pairs: int, fit_rows: int) -> None:
         kept = kept_rows(targets, args.options.ignore_index, args.token_weights)
-        self.kept = kept
         factors = token_factors(kept, args.token_weights, args.cu_seqlens, args.average, torch.float64)
         self.factors = factors.reshape(-1)
-        index = _kept_index(kept, args.compact)
+        index = _kept_index(kept, True)
         self.index = torch.arange(targets.numel(), device=targets.device) if index is None else index
         T = targets.shape[-1]
         if args.cu_seqlens is None:
@@ -428,8 +426,6 @@ def _linear_dpo_forward(
     x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     fit_rows = plan_rows(y.shape[0], V, hidden.dtype.itemsize, args.budget, False).buffer_rows
     batch = _Batch(args, targets, n_seqs, n_pairs, fit_rows)
-    if not args.compact:  # rows of weight 0 are there, and do not count
-        y = torch.where(batch.kept.reshape(-1), y, options.ignore_index)
     fit, loss = batch.fit, batch.loss(args)
     divisor = args.divisor or n_pairs
     buffer = hidden.new_empty((min(fit, max(batch.sizes)), V))
@@ -449,7 +445,6 @@ def _linear_dpo_forward(
                     flat[i][rows[a:b]] = found
         counts = torch.tensor([batch.counts[s] for s in seqs], device=hidden.device)
         weighted = logps[rows].double() * batch.factors[rows]
-        # a row that is not dropped but ignored has log-prob 0
         values = torch.segment_reduce(weighted, "sum", lengths=counts, initial=0)
         if ops.rounds_sums(hidden, args.ref_logps):
             values = values.float().double()
@@ -459,7 +454,7 @@ def _linear_dpo_forward(
         seq_weights = None
         if args.wpo:
             cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-            counted = y[rows] != options.ignore_index
+            counted = torch.ones_like(rows, dtype=torch.bool)
             seq_weights = wpo_weights(logps[rows], flat[5][rows], counted, cu_seqlens)
         numbers, local_pairs, found = _group_losses(args, loss, batch, group, values, seq_weights)
         for out, value in zip((losses, chosen_rewards, rejected_rewards, pair_grads), found[1:], strict=True):

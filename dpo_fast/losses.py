@@ -202,6 +202,20 @@ def reduced_output(
     return out if loss.num_pairs is None else out._replace(loss=out.loss / loss.num_pairs)
 
 
+def losses_of_log_probs(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    pairs: Tensor | None,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+    loss: Loss,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, losses, chosen and rejected rewards of the terms that are sums over pairs, from checked arguments."""
+    args = (ref_logps, lengths, pairs, pair_weights, baseline, loss.options, loss.divisor)
+    return run(_PreferenceLoss, logps, *args)  # type: ignore[no-any-return]
+
+
 def with_tokens(
     out: DPOOutput,
     outputs: Sequence[str],
@@ -423,16 +437,8 @@ def preference_loss(
         ref_logps = ref_logps.detach()
     if loss.unpaired or desirable is not None:
         pairs = loss_pairs(loss, logps.shape[0], pairs, desirable, logps.device)
-    reduced, losses, chosen_rewards, rejected_rewards = run(
-        _PreferenceLoss,
-        values,
-        ref_logps,
-        lengths,
-        pairs,
-        pair_weights,
-        baseline_tensor(baseline, values),
-        loss.options,
-        loss.divisor,
+    reduced, losses, chosen_rewards, rejected_rewards = losses_of_log_probs(
+        values, ref_logps, lengths, pairs, pair_weights, baseline_tensor(baseline, values), loss
     )
     out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, values, pairs, loss.unpaired)
     return reduced_output(out, loss, ref_logps, pair_weights, reduction)

@@ -93,6 +93,35 @@ def test_cuda_graph_capture():
     assert torch.equal(static.grad, expected[2])
 
 
+def test_cuda_graph_of_the_linear_head():
+    """compact=False: padded hidden states to loss and gradients in a graph, replayed on new values."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 32, 64, generator=g).to(DEVICE), torch.randn(5000, 64, generator=g).to(DEVICE)
+    targets = torch.randint(0, 5000, (4, 32), generator=g).to(DEVICE)
+    targets[:, :7] = -100
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def run():
+        out = dpo_fast.linear_dpo_loss(hidden, weight, targets, compact=False)
+        return out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    with torch.no_grad():
+        hidden.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(found, run(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_cuda_does_not_wait():
     """No host synchronisation in forward and backward."""
     x, targets, ref = batch()

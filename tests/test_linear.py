@@ -447,7 +447,7 @@ def test_opcheck():
     backward = (*head, *options, out[0], out[1], out[2], out[-1], g, g, 1 << 20, True, *[True] * 5)
     torch.library.opcheck(torch.ops.dpo_fast.linear_token_backward.default, backward)
     loss = (*choose_loss().options, 0.0, True, True, False, True)  # divisor, wpo, statistics of tokens
-    dpo = (*head, problem.ref, None, problem.weights, True, None, None, None, *options, *loss, 1 << 20, True)
+    dpo = (*head, problem.ref, None, problem.weights, True, None, None, None, *options, *loss, 1 << 20)
     torch.library.opcheck(torch.ops.dpo_fast.linear_dpo_forward.default, (*dpo, *[True] * 5))
 
 
@@ -569,3 +569,19 @@ def test_peak_memory_does_not_grow_with_the_sequence():
     logits_bytes = 2 * (8192 - 1024) * 8192 * 4
     assert peaks[0] <= (16 << 20) * 1.5 + 8192 * 64 * 4 * 4
     assert peaks[1] - peaks[0] <= 8 * hidden_bytes < logits_bytes / 12
+
+
+def test_without_compaction_nothing_is_read_on_the_host(monkeypatch):
+    """What CUDA graphs need: no value decides a shape or a branch, forward and backward."""
+    problem = Problem(torch.float32)
+    hidden, weight = problem.leaves()[:2]
+    reads = []
+    for name in ("item", "tolist", "nonzero", "__bool__", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, *a, o=original, n=name: (reads.append(n), o(t, *a))[1])
+    options = {"loss_type": ["sigmoid", "sft"], "wpo": True, "outputs": ("entropy",)}
+    for compact in (True, False):
+        reads.clear()
+        out = dpo_fast.linear_dpo_loss(hidden, weight, problem.targets, problem.ref, compact=compact, **options)
+        out.loss.backward()
+        assert bool(len(reads)) == compact, reads

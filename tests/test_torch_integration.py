@@ -209,6 +209,23 @@ def test_fake_cuda_tensors():
         assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)
 
 
+def test_tracing_with_fake_cuda_tensors():
+    """A graph over CUDA tensors can be traced where there is none: each level is one operator in it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(x, weight, targets, ref):
+        losses = dpo_fast.dpo_loss(x @ weight.T, targets, ref, loss_type=["sigmoid", "sft"], wpo=True).losses
+        return losses + dpo_fast.linear_dpo_loss(x, weight, targets, ref).losses + dpo_fast.preference_loss(ref).losses
+
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = torch.empty(4, 6, 16, device="cuda"), torch.empty(1000, 16, device="cuda")
+        targets, ref = torch.zeros(4, 6, dtype=torch.int64, device="cuda"), torch.empty(4, device="cuda")
+        graph = make_fx(step)(x, weight, targets, ref)
+    found = [str(node.target) for node in graph.graph.nodes if "dpo_fast" in str(node.target)]
+    assert found == ["dpo_fast.dpo_forward.default", "dpo_fast.linear_dpo_forward.default", "dpo_fast.preference_forward.default"]  # fmt: skip
+    assert next(node for node in graph.graph.nodes if node.op == "output").args[0].meta["val"].device.type == "cuda"
+
+
 def test_autocast_and_gradient_accumulation():
     """A bfloat16 head under autocast, two microbatches; the gradients add up as with the plain expression."""
     head = torch.nn.Linear(16, 33)
