@@ -62,8 +62,11 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
-def run_files(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each file in a process of its own; the records, and the files that failed."""
+def run_files(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each file in a process of its own; the records, and the files that failed.
+
+    What there is after each file stands in records.json until all are done: a run that is cut short leaves that.
+    """
     records: list[dict[str, Any]] = []
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,6 +80,8 @@ def run_files(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]
                 failed.append(f"benchmarks/{name}")
             if path.exists():
                 records += json.loads(path.read_text())
+                (folder / "records.json").write_text(json.dumps(records) + "\n")
+    (folder / "records.json").unlink(missing_ok=True)
     return records, failed
 
 
@@ -104,7 +109,7 @@ def main() -> int:
     if args.redraw:
         results = json.loads(path.read_text())
     else:
-        records, failed = run_files(args)
+        records, failed = run_files(args, folder)
         results = {
             "device": args.device,
             "quick": args.quick,

@@ -24,6 +24,7 @@ cdef extern from "cuda_runtime_api.h" nogil:
     int cudaErrorNoKernelImageForDevice
     const char* cudaGetErrorName(cudaError_t)
     const char* cudaGetErrorString(cudaError_t)
+    cudaError_t cudaGetLastError()
     cudaError_t cudaGetDevice(int*)
     cudaError_t cudaSetDevice(int)
     cudaError_t cudaDriverGetVersion(int*)
@@ -148,6 +149,7 @@ cdef int check(int status) except -1:
     cdef int driver = 0
     if status == 0:
         return 0
+    cudaGetLastError()  # otherwise the next launch, which looks there, would be blamed
     text = f"CUDA error {cudaGetErrorName(<cudaError_t>status).decode()}: {cudaGetErrorString(<cudaError_t>status).decode()}"
     build = "DPO_FAST_CUDA=1 pip install --no-binary dpo_fast dpo_fast"
     if status == cudaErrorInsufficientDriver:

@@ -98,7 +98,7 @@ def head_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 where the device can give that from half types."""
     if a.dtype in (torch.bfloat16, torch.float16):
-        if a.device.type == "cuda":
+        if a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8 or later
             return torch.mm(a, b, out_dtype=torch.float32)
         if a.dtype is torch.float16:  # its range is too small for sums over many rows
             return torch.mm(a.float(), b.float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 from dpo_fast import _cpu
@@ -26,6 +27,11 @@ def get_num_threads() -> int:
     if first.isdigit() and int(first) > 0:
         return int(first)
     return usable_processors()
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the CUDA extension was built."""
+    return importlib.util.find_spec("dpo_fast._cuda") is not None
 
 
 def usable_processors() -> int:

@@ -5,12 +5,14 @@ Tensors of the targets' size; for the paths that do not run through the fused CP
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dpo_fast._checks import pair_count
+from dpo_fast._native import has_cuda_kernels
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -22,6 +24,17 @@ def kept_rows(targets: Tensor, ignore_index: int, weights: Tensor | None) -> Ten
     """Rows that count: the target is not ignore_index and the weight is not 0."""
     kept = targets != ignore_index
     return kept if weights is None else kept & (weights != 0)
+
+
+_HAS_CUDA_KERNELS = has_cuda_kernels()
+
+
+def looks_at_values(tensor: Tensor) -> bool:
+    """Whether values may be checked on the host here: not in a compiled graph, and not where the CUDA kernels run (they
+    stay in bounds by themselves), unless DPO_FAST_CHECK=1 asks for it."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and _HAS_CUDA_KERNELS) or os.environ.get("DPO_FAST_CHECK") == "1"
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:
@@ -55,7 +68,7 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return values.sum(-1)
     values = values.reshape(-1)
-    if not torch.compiler.is_compiling():  # a compiled graph asks the operators, which check
+    if looks_at_values(cu_seqlens):
         check_cu_seqlens(cu_seqlens, values.shape[0])
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0)
 
@@ -64,7 +77,8 @@ def spread_to_rows(values: Tensor, cu_seqlens: Tensor | None, shape: torch.Size)
     """One number per sequence -> one per row."""
     if cu_seqlens is None:
         return values.unsqueeze(-1).expand(shape)
-    return torch.repeat_interleave(values, cu_seqlens.long().diff()).reshape(shape)
+    counts = cu_seqlens.long().diff()
+    return torch.repeat_interleave(values, counts, output_size=shape.numel()).reshape(shape)
 
 
 def token_factors(
@@ -94,7 +108,9 @@ def _completion_positions(kept: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return kept.cumsum(-1)
     numbers = kept.reshape(-1).cumsum(0)
     before = torch.cat([numbers.new_zeros(1), numbers])[cu_seqlens[:-1].long()]
-    return (numbers - torch.repeat_interleave(before, cu_seqlens.long().diff())).reshape(kept.shape)
+    return (numbers - torch.repeat_interleave(before, cu_seqlens.long().diff(), output_size=numbers.shape[0])).reshape(
+        kept.shape
+    )
 
 
 def ld_dpo_weights(
@@ -124,7 +140,7 @@ def ld_dpo_weights(
         raise ValueError(f"ld_alpha must be in [0, 1], found {ld_alpha}")
     if cu_seqlens is None and targets.dim() != 2:
         raise ValueError(f"targets must have shape [S, T], or [N] with cu_seqlens, found {tuple(targets.shape)}")
-    if cu_seqlens is not None and not torch.compiler.is_compiling():
+    if cu_seqlens is not None and looks_at_values(cu_seqlens):
         check_cu_seqlens(cu_seqlens, targets.numel())
     kept = targets != ignore_index
     positions = _completion_positions(kept, cu_seqlens)
@@ -133,7 +149,7 @@ def ld_dpo_weights(
         pair_count(lengths.shape[0], None)
         shared = torch.minimum(*lengths.chunk(2)).repeat(2)
     else:
-        if not torch.compiler.is_compiling():  # there the operator that follows checks them
+        if looks_at_values(pairs):  # otherwise the operator that follows does
             pair_count(lengths.shape[0], pairs.shape)
             check_pair_numbers(pairs, lengths.shape[0])
         numbers = pairs.long()
@@ -142,7 +158,7 @@ def ld_dpo_weights(
         # a sequence in no pair keeps its own length
         shared = lengths.scatter_reduce(0, index, shorter, "amin", include_self=False)
         largest = lengths.scatter_reduce(0, index, shorter, "amax", include_self=False)
-        if not torch.compiler.is_compiling() and not torch.equal(shared, largest):
+        if looks_at_values(pairs) and not torch.equal(shared, largest):
             raise ValueError(
                 "ld_alpha: a sequence is in several pairs whose shorter completions have different lengths, so that "
                 "its log-prob is not one number; write such pairs out as sequences of their own"

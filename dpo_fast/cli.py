@@ -13,14 +13,11 @@ from typing import Any
 import dpo_fast
 
 
-def has_cuda_kernels() -> bool:
-    """Whether the CUDA extension was built."""
-    return importlib.util.find_spec("dpo_fast._cuda") is not None
-
-
 def cuda_build() -> str:
     """What the CUDA extension is made for, and whether the driver found will do."""
-    if not has_cuda_kernels():
+    from dpo_fast import _native
+
+    if not _native.has_cuda_kernels():
         return "none"
     from dpo_fast import _cuda
 
@@ -51,7 +48,7 @@ def info() -> list[tuple[str, str]]:
     lines.append(("cpu will use", f"native kernels, {_cpu.isa()}"))
     if torch:
         for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            how = "native kernels" if has_cuda_kernels() else "plain torch, in chunks of rows"
+            how = "native kernels" if _native.has_cuda_kernels() else "plain torch, in chunks of rows"
             lines.append((f"cuda:{i} will use", f"{how} ({torch.cuda.get_device_name(i)})"))
         lines.append(("other devices use", "plain torch, in chunks of rows"))
     return lines

@@ -122,7 +122,7 @@ def baseline_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None
         return value.reshape(()) if value.numel() == 1 else value
     if not -math.inf < value < math.inf:
         raise ValueError(f"baseline must be finite, found {value}")
-    return torch.tensor(value, dtype=torch.float64, device=like.device)
+    return torch.full((), value, dtype=torch.float64, device=like.device)  # no copy from the host
 
 
 def check_tensors(**arguments: Any) -> None:

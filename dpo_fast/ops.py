@@ -14,14 +14,13 @@ because it is the cheapest way into the dispatcher: 2-4 us a call, against 10 us
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_fast import _checks, _cpu, _native, fallback  # noqa: F401  (_native sets the kernels up)
+from dpo_fast import _checks, _cpu, _native, fallback
 from dpo_fast._checks import LogitOptions, check_shape
 from dpo_fast._sequences import wide_type
 
@@ -325,12 +324,7 @@ def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def has_cuda_kernels() -> bool:
-    """Whether the CUDA extension was built."""
-    return importlib.util.find_spec("dpo_fast._cuda") is not None
-
-
-_HAS_CUDA_KERNELS = has_cuda_kernels()
+_HAS_CUDA_KERNELS = _native.has_cuda_kernels()
 
 
 def _seq_saved_shape(like: Tensor, n_seqs: int) -> tuple[int, int]:

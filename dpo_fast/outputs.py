@@ -96,7 +96,7 @@ class DPOOutput(NamedTuple):
             import torch
 
             like = self.losses.detach()
-            parts = [part.detach().to(like) if hasattr(part, "detach") else like.new_tensor(part) for part in parts]
+            parts = [part.detach().to(like) if hasattr(part, "detach") else like.new_full((), part) for part in parts]
             parts = torch.stack(parts).tolist()
         totals = dict(zip(sums, zip(map(float, parts[::2]), map(float, parts[1::2]), strict=True), strict=True))
         # as TRL: 0 where no token counts; nothing for a side that is not there

@@ -23,6 +23,8 @@ def _seed():
 def isa(request, monkeypatch):
     """Forces an instruction set for the test; "cuda": its functions run there."""
     if request.param == "cuda":
+        if request.node.get_closest_marker("cpu_only"):
+            pytest.skip("says nothing about a GPU")
         cuda_device.patch(monkeypatch)
         yield request.param
         return
@@ -33,9 +35,19 @@ def isa(request, monkeypatch):
     _cpu.set_isa(None)
 
 
+@pytest.fixture(params=["cpu", "cuda"] if cuda_device.available() else ["cpu"])
+def place(request, monkeypatch):
+    """The functions as they are, and on CUDA where there is a GPU."""
+    if request.param == "cuda":
+        cuda_device.patch(monkeypatch)
+    return request.param
+
+
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
 def threads(request):
     """Sets torch's thread count, which the kernels follow."""
+    if request.param > 1 and request.node.callspec.params.get("isa") == "cuda":
+        pytest.skip("one is enough for a GPU")
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -21,9 +21,9 @@ FUNCTIONS = (
 
 def available() -> bool:
     """Whether the kernels and a device to run them on are there."""
-    from dpo_fast import ops
+    from dpo_fast import _native
 
-    return "DPO_FAST_TEST_DEVICE" in os.environ or (torch.cuda.is_available() and ops.has_cuda_kernels())
+    return "DPO_FAST_TEST_DEVICE" in os.environ or (torch.cuda.is_available() and _native.has_cuda_kernels())
 
 
 class _Move(torch.autograd.Function):

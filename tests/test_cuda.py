@@ -125,12 +125,13 @@ def test_cuda_graph_of_the_linear_head():
 def test_cuda_does_not_wait():
     """No host synchronisation in forward and backward."""
     x, targets, ref = batch()
+    pairs = torch.tensor([[0, 2], [1, 3]], device=DEVICE)
+    options = {"outputs": ("entropy", "is_top1"), "ld_alpha": 0.5}
     step(x, targets, ref)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(
-            x, targets, ref, pairs=torch.tensor([[0, 2], [1, 3]], device=DEVICE), wpo=True, loss_type=["sigmoid", "sft"]
-        )
+        step(x, targets, ref, pairs=pairs, wpo=True, loss_type=["sigmoid", "sft"], **options)
+        step(x, targets, ref, loss_type="kto", baseline=0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -185,6 +186,27 @@ def test_cuda_memory_in_place():
     out = dpo_fast.dpo_loss(y, targets, ref, inplace_backward=True)
     torch.autograd.grad(out.loss, y)
     assert torch.cuda.max_memory_allocated() - before < 0.01 * y.numel() * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_cuda_linear_head_equals_the_cpu(dtype):
+    """Tiles, a pair at a time and all at once; half types have their products in float32."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 33, 64, generator=g).to(dtype), (torch.randn(3000, 64, generator=g) / 8).to(dtype)
+    targets = torch.randint(0, 3000, (4, 33), generator=g)
+    targets[:, :9] = -100
+    ref = -200 - torch.rand(4, generator=g)
+    found = []
+    for device in ("cpu", DEVICE):
+        for budget in (None, 3000 * 4 * 40):
+            h, w = hidden.to(device, copy=True).requires_grad_(), weight.to(device, copy=True).requires_grad_()
+            out = dpo_fast.linear_dpo_loss(h, w, targets.to(device), ref.to(device), memory_budget=budget)
+            out.loss.backward()
+            found.append([t.detach().cpu().float() for t in (out.losses, h.grad, w.grad)])
+    rounding = torch.finfo(dtype).eps
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=8 * rounding, atol=8 * rounding * b.abs().max().item() + 1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")

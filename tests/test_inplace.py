@@ -10,6 +10,8 @@ from helpers import DTYPES, LAYOUTS, make_case, peak_growth, random_pairs
 
 import dpo_fast
 
+pytestmark = pytest.mark.cpu_only
+
 LEVELS = {
     "token_logps": lambda x, c, **kw: dpo_fast.token_logps(x, c.targets, outputs=("logps", "entropy"), **kw),
     "sequence_logps": lambda x, c, **kw: dpo_fast.sequence_logps(x, c.targets, cu_seqlens=c.cu_seqlens, **kw),

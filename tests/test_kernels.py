@@ -111,6 +111,7 @@ def test_ignored_rows_are_never_read_and_get_zeros(dtype, isa):
     assert (x.grad[~ignored] != 0).any(-1).all()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs an operating system that maps memory lazily")
 def test_ignored_rows_of_a_mapping_stay_unread(isa):
     """Pages of ignored rows are not even touched: more logits than would fit, of which two rows are kept."""
@@ -125,6 +126,7 @@ def test_ignored_rows_of_a_mapping_stay_unread(isa):
     np.testing.assert_allclose(out.numpy(), [exact, exact], atol=1e-3)
 
 
+@pytest.mark.cpu_only
 def test_offsets_beyond_2_31_elements_backward(isa):
     """Rows 2^31 + 1 elements apart, gradient in place."""
     stride = (1 << 31) + 1

@@ -73,7 +73,7 @@ def reference_average(name):
 
 @pytest.mark.parametrize(("name", "smoothing", "divergence"), cases())
 @pytest.mark.parametrize("scale", [1, 30, 1e4], ids=["near", "usual", "far"])
-def test_value_and_derivative(name, smoothing, divergence, scale):
+def test_value_and_derivative(name, smoothing, divergence, scale, place):
     """Relative to the float64 reference, also where beta times the margin is 1e4."""
     S = 12
     logps, ref = log_probs(S, scale, 1), log_probs(S, scale, 2) if has_reference(name) else None
@@ -163,7 +163,7 @@ def combination(name):
 @pytest.mark.parametrize("layout", ["padded", "packed", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", [*NAMES, *COMBINATIONS])
-def test_from_logits_against_the_reference(name, dtype, layout):
+def test_from_logits_against_the_reference(name, dtype, layout, place):
     if name == "orpo" and layout == "packed":
         pytest.skip("the odds of an empty completion are infinite")
     case = make_case(layout, (5, 7, 33), dtype, spread=1.0)
@@ -196,7 +196,7 @@ def test_from_logits_against_the_reference(name, dtype, layout):
 
 @pytest.mark.parametrize("name", [*NAMES, *COMBINATIONS, "ld"])
 @pytest.mark.parametrize("budget", [None, 33 * 4 * 8], ids=["whole", "tiles"])
-def test_from_hidden_states_as_from_logits(name, budget):
+def test_from_hidden_states_as_from_logits(name, budget, place):
     S, T, H, V = 6, 9, 5, 33
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(S, T, H, generator=g, requires_grad=True)

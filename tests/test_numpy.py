@@ -12,6 +12,8 @@ import dpo_fast
 import dpo_fast.numpy as dn
 from dpo_fast import reference
 
+pytestmark = pytest.mark.cpu_only
+
 TYPES = {
     "float32": (np.float32, torch.float32),
     "float64": (np.float64, torch.float64),

@@ -8,7 +8,7 @@ from helpers import DTYPES, assert_accurate, make_case, naive_token_logps, rando
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_fast
-from dpo_fast import ops, reference  # ops defines torch.ops.dpo_fast
+from dpo_fast import _native, ops, reference  # ops defines torch.ops.dpo_fast
 from dpo_fast._loss_options import choose_loss
 
 OPTIONS = (-100, 1.0, 1.0, 0.0)
@@ -203,7 +203,7 @@ def test_fake_cuda_tensors():
             x, targets, None, None, None, False, None, None, None, *OPTIONS, *LOSS, False, False, False, False
         )
         saved = forward[5:8]
-        assert (len(forward[-1]) == 4) == ops.has_cuda_kernels()  # what the CUDA kernels keep of each sequence
+        assert (len(forward[-1]) == 4) == _native.has_cuda_kernels()  # what the CUDA kernels keep of each sequence
         args = (x, targets, None, None, False, None, *OPTIONS, 0.0, *saved, out.loss, None, None)
         grad = torch.ops.dpo_fast.dpo_backward(*args)
         assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)

@@ -49,18 +49,20 @@ step info 60 "$python" -m dpo_fast info
 # The tests of the extension itself, and all others that take a device.
 step tests 240 "$python" -m pytest -q -p no:cacheprovider tests -k "cuda and not cuda_host"
 
+# The report of few cases; `make bench-cuda` has them all.
+step bench 200 "$python" -m benchmarks --device cuda --quick --no-step --output "$out/bench"
+
 # A small suite, because the tools slow kernels down by an order of magnitude or more.
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck; do
     # without torch's cache, so that the tool sees each tensor's own bounds
-    step "$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/gpu_small.py
+    step "$tool" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/gpu_small.py
   done
 else
   echo "== compute-sanitizer is not installed: skipped"
 fi
 
 step small 60 "$python" tools/gpu_small.py
-step bench $((deadline - SECONDS)) "$python" -m benchmarks --device cuda --no-step --output "$out/bench"
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[*]}"

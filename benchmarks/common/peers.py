@@ -161,7 +161,11 @@ def _loss_of(level: str, name: str, inputs: LevelInputs) -> tuple[Callable[[Tens
     if name == COMPILE:
         whole = compiled(lambda x: loss(x, naive_token_logps))
         return whole, grad_output
-    token_logps = {NAIVE: lambda: naive_token_logps, TRL: _trl_torch, TRL_TRITON: lambda: _trl_triton(case)}[name]()
+    token_logps = {
+        NAIVE: lambda: naive_token_logps,
+        TRL: lambda: _trl_torch(case),
+        TRL_TRITON: lambda: _trl_triton(case),
+    }[name]()
     return lambda x: loss(x, token_logps), grad_output
 
 
@@ -201,10 +205,9 @@ def _row_kernels(inputs: LevelInputs, work: str) -> Call:
     return call
 
 
-def _kept(targets: Tensor) -> Tensor | None:
-    """TRL's row mask, or None where no token is ignored."""
-    kept = targets != IGNORE_INDEX
-    return None if bool(kept.all()) else kept
+def _kept(targets: Tensor, case: Case) -> Tensor | None:
+    """TRL's row mask, or None where no token is ignored; without waiting for the device."""
+    return None if case.kept == case.rows else targets != IGNORE_INDEX
 
 
 def _import(module: str, package: str) -> Any:
@@ -216,12 +219,12 @@ def _import(module: str, package: str) -> Any:
         raise AbsentError(f"{module} cannot be imported: {first_line(error)}") from error
 
 
-def _trl_torch() -> Callable[[Tensor, Tensor], Tensor]:
+def _trl_torch(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     function = _import("trl.trainer.utils", "trl").selective_log_softmax
 
     def token_logps(x: Tensor, targets: Tensor) -> Tensor:
         # float: its half-precision results would lose a whole sequence's sum
-        return function(x, targets.clamp(min=0), row_mask=_kept(targets)).float()  # type: ignore[no-any-return]
+        return function(x, targets.clamp(min=0), row_mask=_kept(targets, case)).float()  # type: ignore[no-any-return]
 
     return token_logps
 
@@ -234,7 +237,7 @@ def _trl_triton(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
         raise AbsentError("Triton is not installed")
 
     def token_logps(x: Tensor, targets: Tensor) -> Tensor:
-        logps, _ = kernels.selective_log_softmax_and_entropy(x, targets.clamp(min=0), row_mask=_kept(targets))
+        logps, _ = kernels.selective_log_softmax_and_entropy(x, targets.clamp(min=0), row_mask=_kept(targets, case))
         return logps  # type: ignore[no-any-return]
 
     return token_logps

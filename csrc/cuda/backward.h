@@ -33,7 +33,7 @@ __device__ inline int64_t seq_of(const CudaRows& rows, const CudaSeqs& seqs, int
     else
       high = middle - 1;
   }
-  return low;
+  return seq_bound(seqs, 0) > row ? seqs.n_seqs : low;
 }
 
 // What the sequence's gradient adds to that of each of the row's log-probs.
