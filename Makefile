@@ -35,8 +35,9 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 demo: $(VENV)/built
 	$(BIN)/python examples/train_dpo.py $(DEMO)
 
+# A worker for each processor: threads of their own would wait for each other (tests of threads ask for them).
 test: $(VENV)/built
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(TESTS)
 
 test-cuda: $(VENV)/built
 	STEPS="build info tests memcheck racecheck initcheck small" VENV=$(VENV) tools/gpu_check.sh build/test-cuda
