@@ -311,7 +311,7 @@ def linear_sequence_logps(
     Raises:
         ValueError, TypeError, IndexError: as these.
     """
-    logps, sums = _linear_sequence_sums(
+    tokens, sums = _linear_sequence_sums(
         hidden,
         weight,
         targets,
@@ -327,7 +327,7 @@ def linear_sequence_logps(
         memory_budget=memory_budget,
         compact=compact,
     )
-    return sums.to(logps.dtype)
+    return sums.to(tokens.logps.dtype)
 
 
 def _linear_sequence_sums(
@@ -341,16 +341,16 @@ def _linear_sequence_sums(
     average: bool,
     ignore_index: int,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Token log-probs and their sums over sequences, these in float64."""
+) -> tuple[TokenOutput, Tensor]:
+    """Token log-probs (with what else is in `outputs`) and their sums over sequences, these in float64."""
     check_no_grad("token_weights", token_weights)
     ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
     kept = kept_rows(targets, ignore_index, token_weights)
-    logps = linear_token_logps(
+    tokens = linear_token_logps(
         hidden, weight, targets.masked_fill(~kept, ignore_index), bias, ignore_index=ignore_index, **options
-    ).logps
+    )
     factors = token_factors(kept, token_weights, cu_seqlens, average, torch.float64)
-    return logps, sum_by_sequence(logps.double() * factors, cu_seqlens)
+    return tokens, sum_by_sequence(tokens.logps.double() * factors, cu_seqlens)
 
 
 def _uncompacted_loss(
@@ -371,19 +371,17 @@ def _uncompacted_loss(
     **options: Any,
 ) -> DPOOutput:
     """The loss level by level, with shapes that depend on no value: what `compact=False` asks for."""
-    kept = kept_rows(targets, ignore_index, weights)
     names = {"logps", *outputs} | ({"log_sum_sq_probs"} if wpo else set())
-    tokens = linear_token_logps(
-        hidden, weight, torch.where(kept, targets, ignore_index), bias, ignore_index=ignore_index,
-        outputs=tuple(names), compact=False, **options,
+    tokens, sums = _linear_sequence_sums(
+        hidden, weight, targets, bias, cu_seqlens=cu_seqlens, token_weights=weights, average=loss.average,
+        ignore_index=ignore_index, outputs=tuple(names), compact=False, **options,
     )  # fmt: skip
     wide = tokens.logps.dtype
-    factors = token_factors(kept, weights, cu_seqlens, loss.average, torch.float64)
-    sums = sum_by_sequence(tokens.logps.double() * factors, cu_seqlens)
     if ops.rounds_sums(hidden, ref_logps):
         sums = sums.float().double()
     n_pairs = ops.check_pairs(hidden, sums.shape[0], pairs, ref_logps, pair_weights, baseline)
     if wpo:
+        kept = kept_rows(targets, ignore_index, weights)
         each = wpo_weights(tokens.logps.detach(), tokens.log_sum_sq_probs, kept, cu_seqlens)
         chosen, rejected = sides(each, n_pairs, pairs)
         pair_weights = chosen * rejected if pair_weights is None else chosen * rejected * pair_weights

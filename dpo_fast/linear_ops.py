@@ -338,8 +338,7 @@ class _Batch:
         kept = kept_rows(targets, args.options.ignore_index, args.token_weights)
         factors = token_factors(kept, args.token_weights, args.cu_seqlens, args.average, torch.float64)
         self.factors = factors.reshape(-1)
-        index = _kept_index(kept, True)
-        self.index = torch.arange(targets.numel(), device=targets.device) if index is None else index
+        self.index = kept.reshape(-1).nonzero().squeeze(-1)
         T = targets.shape[-1]
         if args.cu_seqlens is None:
             bounds = [s * T for s in range(n_seqs + 1)]
@@ -397,7 +396,7 @@ def _group_losses(
 
 def _underflow_scale(row_grads: Tensor) -> float:
     """A power of 2 that keeps float16 gradients from vanishing: mixed precision's loss scale comes only later."""
-    if row_grads.dtype is not torch.float32 or not row_grads.numel():
+    if not row_grads.numel():
         return 1.0
     return 2.0 ** max(0, -math.frexp(row_grads.abs().max().item())[1])
 
