@@ -275,13 +275,12 @@ def _three_products(inputs: LevelInputs) -> Call:
     case, x, targets, _, _, weight = inputs
     assert weight is not None
     kept = x[targets != IGNORE_INDEX]  # [K, H]
-    logits = torch.empty(case.kept, case.V, dtype=x.dtype, device=x.device)
-    grad_hidden, grad_weight = torch.empty_like(kept), torch.empty_like(weight)
 
+    @torch.no_grad()
     def call(_: Tensor) -> None:
-        torch.mm(kept, weight.t(), out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.t(), kept, out=grad_weight)
+        logits = torch.mm(kept, weight.t())
+        gradients = torch.mm(logits, weight), torch.mm(logits.t(), kept)
+        del gradients
 
     return call
 
