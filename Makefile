@@ -3,15 +3,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WHEEL_VENV ?= .venv-wheel
+WHEEL_BIN := $(abspath $(WHEEL_VENV))/bin
+GLIBC ?= 2.28
 SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/*/*.h)
 
-.PHONY: help demo test test-cuda bench bench-cuda sanitize lint format clean
+.PHONY: help demo test test-cuda wheel test-wheel bench bench-cuda sanitize lint format clean
 
 help:
 	@echo "make demo      fine-tune SmolLM2-135M by DPO, plain torch beside dpo_fast; ends with demo/report.png"
 	@echo "make test      build and run the whole test suite"
 	@echo "make test-cuda  on a GPU: the tests there and compute-sanitizer (torch with CUDA has to be in $(VENV))"
+	@echo "make wheel     build dist/*.whl and the sdist, and check them"
+	@echo "make test-wheel  install them into fresh environments and use them there"
 	@echo "make bench     measure everything beside its peers; ends with benchmarks/results/<machine>/report.md"
 	@echo "make bench-cuda  the same on a GPU"
 	@echo "make sanitize  run the kernel tests under the address and undefined-behaviour sanitizers"
@@ -41,6 +46,26 @@ test: $(VENV)/built
 
 test-cuda: $(VENV)/built
 	STEPS="build info tests memcheck racecheck initcheck small" VENV=$(VENV) tools/gpu_check.sh build/test-cuda
+
+$(WHEEL_VENV)/installed: requirements/wheel.txt
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_BIN)/python -m pip install --quiet --upgrade pip
+	$(WHEEL_BIN)/python -m pip install --quiet -r requirements/wheel.txt
+	@touch $@
+
+# Linux: linked for an older glibc than this machine's, and with a copy of the OpenMP runtime. What an earlier build left
+# must not get in.
+wheel: $(WHEEL_VENV)/installed
+	rm -rf dist build/wheel build/lib* build/bdist*
+	$(WHEEL_BIN)/python -m build --sdist --no-isolation
+	CXX="$(WHEEL_BIN)/python tools/cxx_for_glibc.py $(GLIBC)" $(WHEEL_BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	$(WHEEL_BIN)/python tools/repair_wheel.py build/wheel/*.whl dist --glibc $(GLIBC)
+	$(WHEEL_BIN)/abi3audit --strict dist/*.whl
+	$(WHEEL_BIN)/check-wheel-contents dist/*.whl
+	$(WHEEL_BIN)/twine check --strict dist/*
+
+test-wheel: $(VENV)/built wheel
+	DPO_FAST_DIST=dist $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_wheel.py $(TESTS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(BENCH)

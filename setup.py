@@ -1,10 +1,13 @@
 """Builds the native kernels. Everything else about the package stands in pyproject.toml."""
 
+import hashlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,12 +25,19 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     }
 # No contraction, no fast-math: the kernels say themselves where a fused multiply-add stands. -fno-math-errno and
 # -fno-trapping-math change no result.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 CXX_FLAGS += shlex.split(os.environ.get("DPO_FAST_CXXFLAGS", ""))
-LINK_FLAGS = ["-fopenmp", *shlex.split(os.environ.get("DPO_FAST_LDFLAGS", ""))]
+LINK_FLAGS = shlex.split(os.environ.get("DPO_FAST_LDFLAGS", ""))
+if sys.platform != "darwin":  # Apple's compiler brings no OpenMP: the loops run in one thread there
+    CXX_FLAGS.append("-fopenmp")
+    LINK_FLAGS.append("-fopenmp")
 
-LIMITED_API = [("Py_LIMITED_API", "0x030B0000"), ("CYTHON_LIMITED_API", "1")]
+# One build for every Python from 3.11 on; free-threaded ones have no limited API and get a build of their own.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+LIMITED_API = [] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000"), ("CYTHON_LIMITED_API", "1")]
+CYTHON_DIRECTIVES = {"embedsignature": True, "freethreading_compatible": True}
+
 HEADERS = ["csrc/row_math.h", "csrc/preference_loss.h", "csrc/cpu/rows.h", "csrc/cpu/simd.h"]
 ROWS_ISA = "csrc/cpu/rows_isa.cpp"
 
@@ -38,7 +48,7 @@ CUDA_HEADERS = [f"csrc/cuda/{name}.h" for name in ("launch", "device", "forward"
 CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
 # As on the CPU: the kernels say themselves where a fused multiply-add stands.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-PTXAS_REPORT = Path("build/ptxas.txt")
+CUDA_OBJECTS, PTXAS_REPORT = Path("build/cuda"), Path("build/ptxas.txt")
 
 
 def find_nvcc():
@@ -100,25 +110,34 @@ class BuildExt(build_ext):
         return objects
 
     def cuda_objects(self, ext):
-        """Compiles the .cu files, as many at a time as there are processors; ptxas's report goes into a file."""
+        """Compiles the .cu files, as many at a time as there are processors; ptxas's report goes into a file.
+
+        An object whose sources, flags and compiler are as they were is not made again: it takes minutes.
+        """
         archs = cuda_archs(NVCC)
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        folder = Path(self.build_temp, "cuda")
-        folder.mkdir(parents=True, exist_ok=True)
+        flags = [*NVCC_FLAGS, *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]]
+        flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
+        version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
+        headers = b"".join(Path(header).read_bytes() for header in [*HEADERS, *CUDA_HEADERS])
+        common = version + " ".join(flags).encode() + headers
 
         def compile_one(source):
-            out = str(folder / Path(source).with_suffix(".o").name)
-            run = subprocess.run(
-                [NVCC, *NVCC_FLAGS, *codes, "-c", source, "-o", out], capture_output=True, text=True, check=False
-            )
-            if run.returncode != 0:
-                raise SystemExit(f"nvcc failed on {source}:\n{run.stdout}{run.stderr}")
-            return out, run.stderr
+            out = CUDA_OBJECTS / Path(source).with_suffix(".o").name
+            made_from, report = out.with_suffix(".sha256"), out.with_suffix(".ptxas")
+            digest = hashlib.sha256(common + Path(source).read_bytes()).hexdigest()
+            if not (made_from.exists() and made_from.read_text() == digest):
+                made_from.unlink(missing_ok=True)
+                command = [NVCC, *flags, "-c", source, "-o", str(out)]
+                run = subprocess.run(command, capture_output=True, text=True, check=False)
+                if run.returncode != 0:
+                    raise SystemExit(f"nvcc failed on {source}:\n{run.stdout}{run.stderr}")
+                report.write_text(run.stderr)
+                made_from.write_text(digest)
+            return str(out), report.read_text()
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             results = list(pool.map(compile_one, CUDA_SOURCES))
-        PTXAS_REPORT.parent.mkdir(exist_ok=True)
         PTXAS_REPORT.write_text("".join(report for _, report in results))
         return [out for out, _ in results]
 
@@ -131,7 +150,7 @@ cpu = Extension(
     define_macros=LIMITED_API,
     extra_compile_args=CXX_FLAGS,
     extra_link_args=LINK_FLAGS,
-    py_limited_api=True,
+    py_limited_api=not FREE_THREADED,
     language="c++",
 )
 
@@ -155,13 +174,13 @@ if NVCC is not None:
             extra_compile_args=CXX_FLAGS,
             # its symbols stay inside: another library in the process may bring another version of the runtime
             extra_link_args=[*LINK_FLAGS, "-Wl,--exclude-libs,ALL"],
-            py_limited_api=True,
+            py_limited_api=not FREE_THREADED,
             language="c++",
         )
     )
 
 setup(
-    ext_modules=cythonize(extensions, build_dir="build/cython", compiler_directives={"embedsignature": True}),
+    ext_modules=cythonize(extensions, build_dir="build/cython", compiler_directives=CYTHON_DIRECTIVES),
     cmdclass={"build_ext": BuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

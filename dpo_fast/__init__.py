@@ -68,11 +68,20 @@ _MODULES = ("integrations", "numpy", "ops", "reference")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"dpo_fast.{name}")
-    if name not in _MODULE_OF:
+    if name not in _MODULES and name not in _MODULE_OF:
         raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
-    value = getattr(import_module(f"dpo_fast.{_MODULE_OF[name]}"), name)
+    try:
+        module = import_module(f"dpo_fast.{_MODULE_OF.get(name, name)}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"dpo_fast.{name} needs PyTorch, which is not installed: `pip install torch` (2.6 or later). "
+            "dpo_fast.numpy works without it."
+        ) from error
+    if name in _MODULES:
+        return module
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

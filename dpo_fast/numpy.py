@@ -404,8 +404,8 @@ class _PairLosses:
 
     def output(self, logps: Array) -> DPOOutput:
         loss = self.losses if self.reduction == "none" else self.loss[()]
-        rewards = (self.chosen_rewards, self.rejected_rewards)
-        return DPOOutput(loss, self.losses, *rewards, logps, self.pairs, self.chosen_loss.unpaired)
+        arrays: list[Any] = [loss, self.losses, self.chosen_rewards, self.rejected_rewards, logps]
+        return DPOOutput(*arrays, self.pairs, self.chosen_loss.unpaired)
 
 
 def ld_dpo_weights(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # NumPy's functions, whose results are not typed, put arrays in the same places
+    from torch import Tensor
 
 
 class TokenOutput(NamedTuple):
@@ -31,15 +34,15 @@ class DPOOutput(NamedTuple):
     tokens of each sequence that count, and the number of these as "lengths", [S] each.
     """
 
-    loss: Any
-    losses: Any
-    chosen_rewards: Any
-    rejected_rewards: Any
-    logps: Any
+    loss: Tensor
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    logps: Tensor
     pairs: Any = None
     unpaired: bool = False
     tokens: TokenOutput | None = None
-    token_sums: dict[str, Any] | None = None
+    token_sums: dict[str, Tensor] | None = None
 
     def _side(self, k: int, values: Any) -> Any:
         """[S] -> those of the chosen (0) or rejected (1) sequences, in the order of the pairs, 0 for absent ones."""

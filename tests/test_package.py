@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -54,6 +55,24 @@ def test_module_is_abi3_and_imports_no_torch_symbol():
     symbols = subprocess.run(["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True, check=True)
     assert "Py" in symbols.stdout
     assert not re.search("c10|at::|torch", symbols.stdout)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's instruction sets")
+def test_only_the_functions_of_wider_sets_use_wider_instructions():
+    """What runs before the processor is asked, and the portable set, keep to SSE2: no VEX or EVEX instruction."""
+    path = Path(_cpu.__file__)
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    wide: dict[bool, set[str]] = {True: set(), False: set()}
+    function = ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif re.search(r"\t(v[a-z]\w+|k(mov|ortest|and|or|xor|not)[bwdq]) ", line):
+            wide["::avx2::" in function or "::avx512::" in function].add(function)
+    assert wide[True]  # the names are there to be read
+    assert not wide[False]
 
 
 def test_info(capsys):

@@ -272,9 +272,9 @@ def _build_linear(name: str, inputs: LevelInputs) -> Call:
 
 
 def _three_products(inputs: LevelInputs) -> Call:
-    case, x, targets, _, _, weight = inputs
+    weight = inputs.weight
     assert weight is not None
-    kept = x[targets != IGNORE_INDEX]  # [K, H]
+    kept = inputs.x[inputs.targets != IGNORE_INDEX]  # [K, H]
 
     @torch.no_grad()
     def call(_: Tensor) -> None:
