@@ -241,6 +241,18 @@ def test_a_target_without_its_measurement_is_not_reached():
     assert verdicts(some)["float32 forward", "≥ 70% of a plain read's bandwidth"] == targets.INCOMPLETE
 
 
+def test_ratios_are_taken_round_by_round():
+    """A machine that slows down between rounds changes no ratio."""
+    case = shapes.target_cases("cpu")[0]
+    records = []
+    for name, samples in ((peers.NAIVE, [3.0, 6.0, 30.0]), (peers.FAST, [1.0, 2.0, 10.0])):
+        record = harness._record(peers.DPO, case, FORWARD, name)
+        record.samples, record.median_s = samples, samples[1]
+        records.append(asdict(record))
+    assert targets.Book(records).ratio(peers.DPO, FORWARD, case, peers.NAIVE, peers.FAST) == pytest.approx(3)
+    assert targets.Book(records).ratio(peers.DPO, FORWARD, case, peers.COMPILE, peers.FAST) is None
+
+
 def test_judge():
     assert targets.judge([1.0, 2.0], lambda value: value >= 1) == targets.REACHED
     assert targets.judge([None, 0.5], lambda value: value >= 1) == targets.MISSED

@@ -6,6 +6,7 @@ is made of hold the samples of all of them.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -109,8 +110,11 @@ def compare(
         fewest = 3 if recorder.quick else MIN_ROUNDS
         rounds = max(fewest, min(MAX_ROUNDS, int((1.0 if recorder.quick else seconds) / round_s)))
 
-        def others() -> None:  # untimed by pytest-benchmark, in every round
-            for candidate in candidates[1:]:
+        turn = itertools.count()
+
+        def others() -> None:  # untimed by pytest-benchmark, in every round; nobody always follows the same one
+            k = next(turn) % max(1, len(candidates) - 1)
+            for candidate in [*candidates[1 + k :], *candidates[1 : 1 + k]]:
                 records[candidate.name].samples.append(time_once(candidate, pool, clock))
 
         def first() -> None:

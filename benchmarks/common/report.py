@@ -88,7 +88,8 @@ def conventions() -> str:
     return f"""## How to read the figures
 
 {LEGEND}. Times are medians of calls taken in turn, one call of each candidate a round, on copies of the same tensors
-(several, used in turn and refilled before the next call). `GB/s` is the bytes of the formula over the time, the
+(several, used in turn and refilled before the next call). Ratios of targets are medians over the rounds of both times'
+ratio in a round. `GB/s` is the bytes of the formula over the time, the
 same formula for every candidate of a row group: what has to be moved, not what a candidate moves. `of the limit` is
 that rate over the plain read's (forward), the copy's (forward + backward), or the operations over those of the three
 bare products. `vs dpo_fast` is a candidate's time over that of the first line. `difference` is the relative difference

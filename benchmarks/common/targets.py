@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,9 +58,11 @@ class Book:
         return None if found is None else found["peak_extra_bytes"]
 
     def ratio(self, level: str, work: str, case: Case, slow: str, fast: str) -> float | None:
-        """Time of one candidate over that of another."""
-        a, b = self.seconds(level, work, case, slow), self.seconds(level, work, case, fast)
-        return None if a is None or b is None else a / b
+        """Time of one candidate over that of another: the median over the rounds, each of which timed both."""
+        a, b = (self.index.get((level, work, case.name, candidate)) for candidate in (slow, fast))
+        if a is None or b is None or not a["samples"] or not b["samples"]:
+            return None
+        return statistics.median(x / y for x, y in zip(a["samples"], b["samples"], strict=True))
 
     def times(self, level: str, work: str, cases: Sequence[Case], candidates: Sequence[str]) -> str:
         """The medians of several candidates in ms, a figure for each case."""
