@@ -70,23 +70,15 @@ class Loss(NamedTuple):
 
     options: LossOptions
     coupled: tuple[tuple[str | LossFunction, float], ...]  # terms of _coupled.py, with their weights
-    flags: int  # of all terms together
+    average: bool  # sequence log-probs are averages over tokens
+    unpaired: bool  # completions stand alone, desirable or not
+    reads_lengths: bool
     divisor: float  # of the sum over pairs; 0: their number
     num_pairs: float | None  # what the sum is divided by after that
 
-    @property
-    def average(self) -> bool:
-        """Whether sequence log-probs are averages over tokens."""
-        return self.options.average
-
-    @property
-    def unpaired(self) -> bool:
-        """Whether completions stand alone, desirable or not."""
-        return bool(self.flags & LossFlags.UNPAIRED)
-
     def check_lengths(self, given: bool) -> None:
         """Raises ValueError where a term reads lengths that are not there."""
-        if bool(self.flags & LossFlags.LENGTHS) and not given:
+        if self.reads_lengths and not given:
             raise ValueError("this loss needs lengths, the number of tokens of each sequence")
 
 
@@ -287,7 +279,8 @@ def choose_loss(
         average=average,
     )
     coupled = tuple((t, w) for t, w, c in zip(types, weights, is_coupled, strict=True) if c)
-    return Loss(options, coupled, flags, divisor, total_pairs)
+    unpaired, reads_lengths = bool(flags & LossFlags.UNPAIRED), bool(flags & LossFlags.LENGTHS)
+    return Loss(options, coupled, average, unpaired, reads_lengths, divisor, total_pairs)
 
 
 @functools.lru_cache(maxsize=64)

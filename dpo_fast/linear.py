@@ -223,7 +223,8 @@ def _prepare(
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
     tensors: list[Any] = [hidden, *(gather(tensor) for tensor in (weight, bias, lora_a, lora_b))]
     kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # the compiler of torch 2.6 does not trace the first question
+    if (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     x, w, b, a_, b_ = tensors

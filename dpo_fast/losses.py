@@ -183,6 +183,11 @@ def token_weights_of(
     return weights if token_weights is None else weights * token_weights
 
 
+def replaced(out: DPOOutput, **changes: Any) -> DPOOutput:
+    """`out._replace(**changes)`, which the compiler of torch 2.6 does not trace."""
+    return DPOOutput(*[changes.get(name, value) for name, value in zip(DPOOutput._fields, out, strict=True)])
+
+
 def reduced_output(
     out: DPOOutput, loss: Loss, ref_logps: Tensor | None, pair_weights: Tensor | None, reduction: str
 ) -> DPOOutput:
@@ -196,10 +201,10 @@ def reduced_output(
         if pair_weights is not None:
             extra = extra * pair_weights.detach()
         losses = (out.losses.double() + extra).to(out.losses.dtype)
-        out = out._replace(losses=losses, loss=losses.double().sum().to(losses.dtype) / (loss.divisor or n_pairs))
+        out = replaced(out, losses=losses, loss=losses.double().sum().to(losses.dtype) / (loss.divisor or n_pairs))
     if reduction == "none":
-        return out._replace(loss=out.losses)
-    return out if loss.num_pairs is None else out._replace(loss=out.loss / loss.num_pairs)
+        return replaced(out, loss=out.losses)
+    return out if loss.num_pairs is None else replaced(out, loss=out.loss / loss.num_pairs)
 
 
 def losses_of_log_probs(
@@ -233,10 +238,11 @@ def with_tokens(
         logps if "logps" in outputs else None,
         *[extra if name in outputs else None for name, extra in zip(TOKEN_OUTPUTS[1:4], extras, strict=True)],
     )
-    sums = {"lengths": kept_rows(targets, ignore_index, token_weights)}
-    sums |= {name: extra for name, extra in found._asdict().items() if extra is not None and name != "logps"}
+    sums = {name: extra for name, extra in zip(TOKEN_OUTPUTS, found, strict=True) if extra is not None}
+    sums["lengths"] = kept_rows(targets, ignore_index, token_weights)
+    sums.pop("logps", None)
     by_sequence = {name: sum_by_sequence(values.to(logps.dtype), cu_seqlens) for name, values in sums.items()}
-    return out._replace(tokens=found, token_sums=by_sequence)
+    return replaced(out, tokens=found, token_sums=by_sequence)
 
 
 def checked_loss(**options: Any) -> Loss:

@@ -404,8 +404,9 @@ class _PairLosses:
 
     def output(self, logps: Array) -> DPOOutput:
         loss = self.losses if self.reduction == "none" else self.loss[()]
-        arrays: list[Any] = [loss, self.losses, self.chosen_rewards, self.rejected_rewards, logps]
-        return DPOOutput(*arrays, self.pairs, self.chosen_loss.unpaired)
+        rewards = (self.chosen_rewards, self.rejected_rewards)
+        arrays: Any = (loss, self.losses, *rewards, logps, self.pairs, self.chosen_loss.unpaired)
+        return DPOOutput(*arrays)
 
 
 def ld_dpo_weights(

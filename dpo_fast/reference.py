@@ -390,8 +390,8 @@ def preference_loss(
     else:
         chosen, rejected = (beta * ratios[k] for k in pair_index(len(logps), pairs).T)
     loss = _reduced(losses, reduction, options.get("num_pairs"))
-    arrays: list[Any] = [loss, losses, chosen, rejected, logps]
-    return DPOOutput(*arrays, pairs, unpaired)
+    arrays: Any = (loss, losses, chosen, rejected, logps, pairs, unpaired)
+    return DPOOutput(*arrays)
 
 
 def preference_loss_grad(

@@ -62,7 +62,8 @@ class Book:
         a, b = (self.index.get((level, work, case.name, candidate)) for candidate in (slow, fast))
         if a is None or b is None or not a["samples"] or not b["samples"]:
             return None
-        return statistics.median(x / y for x, y in zip(a["samples"], b["samples"], strict=True))
+        ratios: list[float] = [x / y for x, y in zip(a["samples"], b["samples"], strict=True)]
+        return statistics.median(ratios)
 
     def times(self, level: str, work: str, cases: Sequence[Case], candidates: Sequence[str]) -> str:
         """The medians of several candidates in ms, a figure for each case."""
