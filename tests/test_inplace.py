@@ -42,6 +42,27 @@ def test_same_gradient(level, dtype, layout, isa):
                 assert torch.equal(y, y.grad)  # the logits now hold their gradient
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_ignored_in_logits_past_the_caches(dtype):
+    """Their zeros are streamed: rows of an odd length start at any address, and their neighbours stay as they are."""
+    rows, vocab = 530, 32003
+    memory = torch.randn(rows * (vocab + 1) + 1).to(dtype)
+    before = memory.clone()
+    x = memory[1 : 1 + rows * (vocab + 1)].view(2, rows // 2, vocab + 1)[..., :vocab]  # one logit of padding a row
+    assert x.numel() * x.element_size() > 32 << 20
+    targets = torch.randint(0, vocab, (2, rows // 2))
+    targets[:, ::3] = -100
+    expected = x.detach().clone().requires_grad_()
+    dpo_fast.dpo_loss(expected, targets).loss.backward()
+    x.requires_grad_()
+    dpo_fast.dpo_loss(x, targets, inplace_backward=True).loss.backward()
+    assert torch.equal(x, expected.grad)
+    assert not x[:, ::3].any()
+    after, padded = memory[1:].view(rows, vocab + 1), before[1:].view(rows, vocab + 1)
+    assert torch.equal(after[:, vocab], padded[:, vocab])
+    assert memory[0] == before[0]
+
+
 def test_gradient_is_the_logits_memory():
     x = torch.randn(2, 3, 5, requires_grad=True)
     dpo_fast.dpo_loss(x, torch.zeros(2, 3, dtype=torch.int64), inplace_backward=True).loss.backward()

@@ -194,8 +194,9 @@ def _row_kernels(inputs: LevelInputs, work: str) -> Call:
     importlib.import_module("dpo_fast.ops")
     ops = torch.ops.dpo_fast
     targets, options = inputs.targets, (IGNORE_INDEX, 1.0, 1.0, 0.0)
-    wide = torch.float64 if inputs.case.dtype == "float64" else torch.float32
-    grad_logps = torch.full(targets.shape, 0.05, dtype=wide, device=targets.device)
+    # with the gradient that the loss sends: of another size, more or fewer results are subnormal
+    logps = ops.token_forward(inputs.x, targets, None, *options, False, False, False, False)[0].requires_grad_()
+    [grad_logps] = torch.autograd.grad(preference_of(logps.sum(-1), inputs.ref_logps), logps)
 
     def call(x: Tensor) -> None:
         logps, stats, *_ = ops.token_forward(x, targets, None, *options, False, False, False, False)

@@ -8,6 +8,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace dpo_fast {
 
 #if defined(__x86_64__)
@@ -220,11 +224,33 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
   for (const auto& t : terms) put(t);
 }
 
+// Logits larger than this are no longer in a cache when backward comes to them.
+static constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
+// Zeros past the caches: an ordinary store would first read the line that it overwrites.
+static void stream_zeros(char* x, int64_t bytes) {
+#if defined(__SSE2__)
+  const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(x) & 15, bytes);
+  memset(x, 0, head);
+  char* const end = x + bytes;
+  for (x += head; end - x >= 16; x += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(x), _mm_setzero_si128());
+  memset(x, 0, end - x);
+  _mm_sfence();  // streaming stores are not ordered before what another thread is told by ordinary ones
+#else
+  memset(x, 0, bytes);
+#endif
+}
+
 void zero_piece(const Rows& rows, int64_t row, int64_t piece, const GradTensor& out) {
   const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
   char* dx = row_grad_logits(rows, row, out) + start * out.vocab_stride * rows.logit_bytes;
   if (out.vocab_stride == 1) {
-    memset(dx, 0, size * rows.logit_bytes);
+    // in memory that is fresh, the kernel has just brought the page's zeros into a cache
+    const bool in_place = out.data == rows.logits;
+    if (in_place && rows.n_rows * rows.vocab * rows.logit_bytes > kStreamBytes)
+      stream_zeros(dx, size * rows.logit_bytes);
+    else
+      memset(dx, 0, size * rows.logit_bytes);
     return;
   }
   for (int64_t i = 0; i < size; ++i) memset(dx + i * out.vocab_stride * rows.logit_bytes, 0, rows.logit_bytes);
