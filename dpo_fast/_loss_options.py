@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from dpo_fast import _cpu
@@ -65,6 +65,10 @@ class LossOptions(NamedTuple):
     average: bool
 
 
+# In place of an ld_alpha of 0 where tokens of weight 0 are still looked at: a weight of 0 would mark them as ignored.
+TINY_WEIGHT = 1e-300
+
+
 class Loss(NamedTuple):
     """A checked loss."""
 
@@ -80,6 +84,15 @@ class Loss(NamedTuple):
         """Raises ValueError where a term reads lengths that are not there."""
         if self.reads_lengths and not given:
             raise ValueError("this loss needs lengths, the number of tokens of each sequence")
+
+    def check_completions(self, *, pairs: bool = False, desirable: bool = False, ld_alpha: bool = False) -> None:
+        """Raises ValueError where something is given that completions in pairs, or alone, do not have."""
+        if self.unpaired and pairs:
+            raise ValueError("losses of single completions ('kto', 'bco') take `desirable` [S], not pairs")
+        if self.unpaired and ld_alpha:
+            raise ValueError("ld_alpha compares the completions of pairs: losses of single completions have none")
+        if desirable and not self.unpaired:
+            raise ValueError("desirable is for losses of single completions ('kto', 'bco'); name pairs by `pairs`")
 
 
 class LossKeywords(TypedDict, total=False):
@@ -108,7 +121,7 @@ class LossKeywords(TypedDict, total=False):
     num_chosen_tokens: float | None
 
 
-def _listed(names: Sequence[Any]) -> str:
+def _listed(names: Iterable[Any]) -> str:
     return ", ".join("your own function" if callable(name) else repr(name) for name in names)
 
 
@@ -227,12 +240,18 @@ def choose_loss(
     undesirable_weight: float | None = None,
     num_pairs: float | None = None,
     num_chosen_tokens: float | None = None,
+    **unknown: Any,
 ) -> Loss:
     """Checks a loss's name and parameters.
 
     Raises:
         ValueError: an unknown name, a parameter out of its range, or one that none of the losses reads.
+        TypeError: an argument that is none of these.
     """
+    if unknown:
+        raise TypeError(
+            f"unexpected keyword argument {_listed(unknown)}; options: {_listed(LossKeywords.__annotations__)}"
+        )
     check_reduction(reduction)
     types, weights, each = _terms(loss_type, loss_weights)
     flags = 0

@@ -20,7 +20,15 @@ from dpo_fast import ops
 from dpo_fast._autograd import differentiable_once, inplace_allowed, run
 from dpo_fast._checks import TOKEN_OUTPUTS, LogitOptions, check_shape, check_token_outputs, logit_options, pair_count
 from dpo_fast._coupled import coupled_losses
-from dpo_fast._loss_options import Loss, LossKeywords, LossOptions, LossType, choose_loss, remembered_loss
+from dpo_fast._loss_options import (
+    TINY_WEIGHT,
+    Loss,
+    LossKeywords,
+    LossOptions,
+    LossType,
+    choose_loss,
+    remembered_loss,
+)
 from dpo_fast._sequences import kept_rows, ld_dpo_weights, sum_by_sequence
 from dpo_fast.logps import check_no_grad
 from dpo_fast.outputs import DPOOutput, TokenOutput
@@ -140,12 +148,9 @@ def loss_pairs(
     Raises:
         ValueError: `pairs` for a loss of single completions, `desirable` for one of pairs, or of another shape.
     """
+    loss.check_completions(pairs=pairs is not None, desirable=desirable is not None)
     if not loss.unpaired:
-        if desirable is not None:
-            raise ValueError("desirable is for losses of single completions ('kto', 'bco'); name pairs by `pairs`")
         return pairs
-    if pairs is not None:
-        raise ValueError("losses of single completions ('kto', 'bco') take `desirable` [S], not pairs")
     numbers = torch.arange(n_seqs, device=device)
     if desirable is None:
         good = numbers < pair_count(n_seqs, None)
@@ -155,10 +160,6 @@ def loss_pairs(
         good = desirable != 0
     absent = torch.full_like(numbers, -1)
     return torch.stack([torch.where(good, numbers, absent), torch.where(good, absent, numbers)], -1)
-
-
-# In place of an ld_alpha of 0 where tokens of weight 0 are still looked at: a weight of 0 would mark them as ignored.
-_TINY_WEIGHT = 1e-300
 
 
 def token_weights_of(
@@ -175,11 +176,10 @@ def token_weights_of(
     check_no_grad("token_weights", token_weights)
     if ld_alpha is None:
         return token_weights
-    if loss.unpaired:
-        raise ValueError("ld_alpha compares the completions of pairs: losses of single completions have none")
+    loss.check_completions(ld_alpha=True)
     weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     if ld_alpha == 0 and looks_at_all:
-        weights = weights.clamp(min=_TINY_WEIGHT)
+        weights = weights.clamp(min=TINY_WEIGHT)
     return weights if token_weights is None else weights * token_weights
 
 

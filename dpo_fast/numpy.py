@@ -25,7 +25,7 @@ from dpo_fast._checks import (
     logit_options,
 )
 from dpo_fast._coupled_numpy import coupled_losses
-from dpo_fast._loss_options import Loss, LossKeywords, LossType, choose_loss
+from dpo_fast._loss_options import TINY_WEIGHT, Loss, LossKeywords, LossType, choose_loss
 from dpo_fast._native import get_num_threads, set_num_threads
 from dpo_fast.outputs import DPOOutput, TokenOutput
 
@@ -359,12 +359,9 @@ class _PairLosses:
 
     @staticmethod
     def _pairs(loss: Loss, n_seqs: int, pairs: ArrayLike | None, desirable: ArrayLike | None) -> Array | None:
+        loss.check_completions(pairs=pairs is not None, desirable=desirable is not None)
         if not loss.unpaired:
-            if desirable is not None:
-                raise ValueError("desirable is for losses of single completions ('kto', 'bco'); name pairs by `pairs`")
             return None if pairs is None else _integers("pairs", pairs)
-        if pairs is not None:
-            raise ValueError("losses of single completions ('kto', 'bco') take `desirable` [S], not pairs")
         numbers = np.arange(n_seqs)
         if desirable is None:
             good = numbers < _checks.pair_count(n_seqs, None)
@@ -501,11 +498,10 @@ def dpo_loss(
         **options,
     )
     if ld_alpha is not None:
-        if loss.unpaired:
-            raise ValueError("ld_alpha compares the completions of pairs: losses of single completions have none")
+        loss.check_completions(ld_alpha=True)
         weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-        if ld_alpha == 0 and wpo:  # a weight of 0 would mark tokens as ignored that WPO looks at
-            weights = np.maximum(weights, 1e-300)
+        if ld_alpha == 0 and wpo:
+            weights = np.maximum(weights, TINY_WEIGHT)
         if token_weights is not None:
             given = _floats("token_weights", token_weights, np.float64)
             check_shape("token_weights", given.shape, weights.shape, "as targets have")

@@ -321,3 +321,12 @@ def test_reference_is_not_rounded():
     ):
         assert float(out.chosen_rewards[0]) == pytest.approx(exact.chosen_rewards[0], rel=1e-6)
         assert float(out.loss) == pytest.approx(exact.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("module", [dpo_fast, dpo_fast.numpy], ids=["torch", "numpy"])
+def test_unknown_keyword(module):
+    logps = torch.zeros(2) if module is dpo_fast else np.zeros(2)
+    with pytest.raises(
+        TypeError, match="unexpected keyword argument 'gamma'; options: 'loss_weights', .*'simpo_gamma'"
+    ):
+        module.preference_loss(logps, gamma=1.0)
