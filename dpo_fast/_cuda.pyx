@@ -15,6 +15,8 @@ What the CPU's backward works out again is kept by forward here, in `seq_saved` 
 sum of log-probs is multiplied, the derivative of the reduced loss, and what the loss reads of a sequence.
 """
 
+import ctypes
+
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 
 
@@ -27,7 +29,6 @@ cdef extern from "cuda_runtime_api.h" nogil:
     cudaError_t cudaGetLastError()
     cudaError_t cudaGetDevice(int*)
     cudaError_t cudaSetDevice(int)
-    cudaError_t cudaDriverGetVersion(int*)
     cudaError_t cudaRuntimeGetVersion(int*)
 
 
@@ -138,28 +139,32 @@ def runtime_version():
 
 
 def driver_version():
-    """The newest CUDA version that the installed driver serves, as (major, minor); (0, 0) without a driver."""
-    cdef int version = 0
-    check(cudaDriverGetVersion(&version))
-    return version // 1000, version % 1000 // 10
+    """The newest CUDA version that the installed driver serves, as (major, minor); (0, 0) without a driver.
+
+    Asked of the driver itself: the runtime says 0, too, for one that it cannot work with.
+    """
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0, 0
+    return version.value // 1000, version.value % 1000 // 10
 
 
 cdef int check(int status) except -1:
     """Raises RuntimeError, with CUDA's text and, where there is one, the way out."""
-    cdef int driver = 0
     if status == 0:
         return 0
     cudaGetLastError()  # otherwise the next launch, which looks there, would be blamed
     text = f"CUDA error {cudaGetErrorName(<cudaError_t>status).decode()}: {cudaGetErrorString(<cudaError_t>status).decode()}"
     build = "DPO_FAST_CUDA=1 pip install --no-binary dpo_fast dpo_fast"
     if status == cudaErrorInsufficientDriver:
-        cudaDriverGetVersion(&driver)
-        major, minor = runtime_version()
-        found = f"serves CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is absent"
+        (major, minor), driver = runtime_version(), driver_version()
+        found = f"serves CUDA {driver[0]}.{driver[1]}" if driver[0] else "is absent"
         release = " (release 580 or later)" if major == 13 else ""
         raise RuntimeError(
             f"{text}. The NVIDIA driver {found}; this build of dpo_fast needs one for CUDA {major}.{minor}{release}: "
-            f"update the driver, or build dpo_fast from source with an older nvcc ({build})"
+            f"update the driver, or build dpo_fast from source with an nvcc that it serves, such as that of CUDA 12 ({build})"
         )
     if status == cudaErrorNoKernelImageForDevice:
         raise RuntimeError(

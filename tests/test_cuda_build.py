@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -151,3 +152,44 @@ def test_a_call_that_cannot_run_raises(cuda):
         needed = "CUDA {}.{}".format(*cuda.runtime_version())
         assert re.search(rf"The NVIDIA driver (is absent|serves CUDA [\d.]+); .*{needed}", str(error.value))
     assert alive[0].sum() == 0
+
+
+# A driver of CUDA 12.4, as far as asking for its version goes; the runtime's other questions are answered by errors.
+OLD_DRIVER = """
+static int other(void) { return 3; }
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
+int cuGetProcAddress(const char* name, void** found, int version, unsigned long flags) {
+  *found = (void*)other;
+  return 0;
+}
+"""
+
+
+def test_an_old_driver_is_named(cuda, tmp_path):
+    """The first CUDA call says what was found and what is needed; the CPU side goes on."""
+    (tmp_path / "driver.c").write_text(OLD_DRIVER)
+    library = str(tmp_path / "libcuda.so.1")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-w", str(tmp_path / "driver.c"), "-o", library], check=True)
+    code = """
+        import numpy as np, dpo_fast.numpy
+        from dpo_fast import _cuda, cli
+        print(cli.cuda_build())
+        try:
+            _cuda.preference_backward((0, 1, 0, 0, 0.0), False, 2, 0, 0, 1, 1, 1, 1)
+        except RuntimeError as error:
+            print(error)
+        print(dpo_fast.numpy.preference_loss(np.zeros(2)).loss)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        check=True,
+    )
+    build, error, loss = run.stdout.splitlines()
+    assert build.endswith("the driver serves CUDA 12.4, which is too old")
+    needed = r"CUDA 1[3-9]\.\d \(release \d+ or later\)" if cuda.runtime_version()[0] == 13 else r"CUDA \d+\.\d"
+    assert re.search(f"The NVIDIA driver serves CUDA 12.4; .*needs one for {needed}: update .*nvcc .*CUDA 12", error)
+    assert float(loss) == pytest.approx(0.6931, abs=1e-4)
