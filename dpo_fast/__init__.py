@@ -68,6 +68,14 @@ _MODULES = ("integrations", "numpy", "ops", "reference")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_cpu":
+        try:
+            return import_module("dpo_fast._cpu")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"dpo_fast's compiled kernels are not in {__path__[0]}: in the source tree, build them by "
+                "`pip install -e .`; to use an installed copy, work in another folder"
+            ) from error
     if name not in _MODULES and name not in _MODULE_OF:
         raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
     try:
@@ -87,4 +95,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULE_OF])
+    return sorted([*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))])

@@ -157,7 +157,7 @@ cdef int check(int status) except -1:
         return 0
     cudaGetLastError()  # otherwise the next launch, which looks there, would be blamed
     text = f"CUDA error {cudaGetErrorName(<cudaError_t>status).decode()}: {cudaGetErrorString(<cudaError_t>status).decode()}"
-    build = "DPO_FAST_CUDA=1 pip install --no-binary dpo_fast dpo_fast"
+    build = "DPO_FAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir --no-binary dpo_fast dpo_fast"
     if status == cudaErrorInsufficientDriver:
         (major, minor), driver = runtime_version(), driver_version()
         found = f"serves CUDA {driver[0]}.{driver[1]}" if driver[0] else "is absent"

@@ -7,9 +7,11 @@ import os
 
 from dpo_fast import _cpu
 
+MAX_THREADS = 1024
+
 _num_threads: int | None = None
 
-if "DPO_FAST_ISA" in os.environ:
+if os.environ.get("DPO_FAST_ISA"):
     _cpu.set_isa(os.environ["DPO_FAST_ISA"])
 
 if hasattr(os, "register_at_fork"):
@@ -17,7 +19,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def get_num_threads() -> int:
-    """Threads that `dpo_fast.numpy` uses: as set, else OMP_NUM_THREADS, else the processors this process may run on.
+    """Threads that `dpo_fast.numpy` uses: as set, else OMP_NUM_THREADS (at most 1024), else the processors that this
+    process may run on.
 
     The torch functions follow `torch.get_num_threads()`.
     """
@@ -25,7 +28,7 @@ def get_num_threads() -> int:
         return _num_threads
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if first.isdigit() and int(first) > 0:
-        return int(first)
+        return min(int(first), MAX_THREADS)
     return usable_processors()
 
 
@@ -48,6 +51,6 @@ def set_num_threads(threads: int) -> None:
         ValueError: fewer than one thread, or more than 1024.
     """
     global _num_threads
-    if not 1 <= threads <= 1024:
-        raise ValueError(f"threads must be at least 1 and at most 1024, found {threads}")
+    if not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads must be at least 1 and at most {MAX_THREADS}, found {threads}")
     _num_threads = int(threads)

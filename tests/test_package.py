@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -102,6 +103,16 @@ def test_unknown_instruction_set_is_an_error():
 def test_omp_num_threads_is_followed():
     run = python("import dpo_fast; print(dpo_fast.get_num_threads())", OMP_NUM_THREADS="3,2")
     assert run.stdout.strip() == "3"
+    run = python("import dpo_fast; print(dpo_fast.get_num_threads())", OMP_NUM_THREADS="99999", DPO_FAST_ISA="")
+    assert run.stdout.strip() == "1024"
+
+
+def test_a_folder_without_the_compiled_modules_is_named(tmp_path):
+    shutil.copytree(Path(dpo_fast.__file__).parent, tmp_path / "dpo_fast", ignore=shutil.ignore_patterns("*.so"))
+    # without what an editable install adds, which finds the modules wherever the package is
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; import dpo_fast.numpy"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert f"ImportError: dpo_fast's compiled kernels are not in {tmp_path}/dpo_fast: in the source" in run.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
