@@ -74,7 +74,6 @@ class Loss(NamedTuple):
 
     options: LossOptions
     coupled: tuple[tuple[str | LossFunction, float], ...]  # terms of _coupled.py, with their weights
-    average: bool  # sequence log-probs are averages over tokens
     unpaired: bool  # completions stand alone, desirable or not
     reads_lengths: bool
     divisor: float  # of the sum over pairs; 0: their number
@@ -299,7 +298,7 @@ def choose_loss(
     )
     coupled = tuple((t, w) for t, w, c in zip(types, weights, is_coupled, strict=True) if c)
     unpaired, reads_lengths = bool(flags & LossFlags.UNPAIRED), bool(flags & LossFlags.LENGTHS)
-    return Loss(options, coupled, average, unpaired, reads_lengths, divisor, total_pairs)
+    return Loss(options, coupled, unpaired, reads_lengths, divisor, total_pairs)
 
 
 @functools.lru_cache(maxsize=64)

@@ -374,7 +374,7 @@ def _uncompacted_loss(
     """The loss level by level, with shapes that depend on no value: what `compact=False` asks for."""
     names = {"logps", *outputs} | ({"log_sum_sq_probs"} if wpo else set())
     tokens, sums = _linear_sequence_sums(
-        hidden, weight, targets, bias, cu_seqlens=cu_seqlens, token_weights=weights, average=loss.average,
+        hidden, weight, targets, bias, cu_seqlens=cu_seqlens, token_weights=weights, average=loss.options.average,
         ignore_index=ignore_index, outputs=tuple(names), compact=False, **options,
     )  # fmt: skip
     wide = tokens.logps.dtype
@@ -487,7 +487,7 @@ def linear_dpo_loss(
                 ref_bias,
                 cu_seqlens=cu_seqlens,
                 token_weights=weights,
-                average=loss.average,
+                average=loss.options.average,
                 ignore_index=ignore_index,
                 temperature=temperature,
                 logit_scale=logit_scale,

@@ -234,13 +234,9 @@ def with_tokens(
     if not outputs:
         return out
     logps, *extras = tokens
-    found = TokenOutput(
-        logps if "logps" in outputs else None,
-        *[extra if name in outputs else None for name, extra in zip(TOKEN_OUTPUTS[1:4], extras, strict=True)],
-    )
-    sums = {name: extra for name, extra in zip(TOKEN_OUTPUTS, found, strict=True) if extra is not None}
-    sums["lengths"] = kept_rows(targets, ignore_index, token_weights)
-    sums.pop("logps", None)
+    asked = {name: extra for name, extra in zip(TOKEN_OUTPUTS[1:4], extras, strict=True) if name in outputs}
+    found = TokenOutput(logps if "logps" in outputs else None, **asked)
+    sums = {"lengths": kept_rows(targets, ignore_index, token_weights), **asked}
     by_sequence = {name: sum_by_sequence(values.to(logps.dtype), cu_seqlens) for name, values in sums.items()}
     return replaced(out, tokens=found, token_sums=by_sequence)
 
@@ -362,7 +358,14 @@ def dpo_loss(
         ops.check_rows(ref_logits, targets, name="ref_logits")
         # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
         ref_logps = ops.call(
-            "sequence_forward", ref_logits.detach(), targets, cu_seqlens, weights, loss.average, *logit_opts, True
+            "sequence_forward",
+            ref_logits.detach(),
+            targets,
+            cu_seqlens,
+            weights,
+            loss.options.average,
+            *logit_opts,
+            True,
         )[0]
     if ref_logps is not None:
         ref_logps = ref_logps.detach()

@@ -512,9 +512,11 @@ def dpo_loss(
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
         ref_rows = _Rows(ref_logits, targets, logit_opts, token_weights=token_weights, name="ref_logits")
         # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
-        ref_logps = _sequence_forward(ref_rows, *_sequences(ref_rows, cu_seqlens, loss.average), double_sums=True)[0]
+        ref_logps = _sequence_forward(
+            ref_rows, *_sequences(ref_rows, cu_seqlens, loss.options.average), double_sums=True
+        )[0]
     rows = _Rows(logits, targets, logit_opts, token_weights=token_weights)
-    seqs, alive = _sequences(rows, cu_seqlens, loss.average)
+    seqs, alive = _sequences(rows, cu_seqlens, loss.options.average)
     out = _PairLosses(loss, seqs[1], ref_logps, pairs, pair_weights, desirable, baseline, rows.wide, reduction)
     saved = rows.saved()
     logps = rows.new((seqs[1],))
