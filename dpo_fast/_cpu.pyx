@@ -73,7 +73,7 @@ cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
     double load_float(const void*, int64_t, bint)
     void store_float(void*, int64_t, double, bint)
     int row_state(const Rows&, int64_t)
-    void forward_piece(const Rows&, int64_t, int64_t, bint, RowPart*)
+    void forward_piece(const Rows&, int64_t, int64_t, const TokenArrays&, RowPart*)
     void finish_row(const Rows&, int64_t, const RowPart*, const TokenArrays&)
     void finish_ignored_row(const Rows&, int64_t, const TokenArrays&)
     void backward_piece(const Rows&, int64_t, int64_t, const TokenArrays&, const TokenGrads&, const GradTensor&)
@@ -123,8 +123,8 @@ cdef struct Pairs:
 
 # Below this many logits a second thread costs more than it saves (docs/performance.md).
 cdef int64_t kSerialLogits = 1 << 16
-# A thread takes about this many logits at a time.
-cdef int64_t kTaskLogits = 1 << 15
+# A thread takes up to this many logits at a time: rows that follow each other in memory stream faster.
+cdef int64_t kTaskLogits = 1 << 19
 
 cdef const RowKernels* kernels = NULL
 cdef bint forked = False
@@ -307,6 +307,14 @@ cdef int threads_for(int64_t logits, int threads) noexcept nogil:
     return 1 if forked or logits < kSerialLogits else threads
 
 
+cdef int64_t units_per_task(const Rows* rows, int64_t units, int threads) noexcept nogil:
+    """How many pieces of rows a thread takes at a time: enough tasks for threads that do not run alike."""
+    cdef int64_t by_size = kTaskLogits * pieces_per_row(rows[0]) // rows.vocab
+    cdef int64_t by_count = units // (8 * threads)
+    cdef int64_t least = by_size if by_size < by_count else by_count
+    return least if least > 0 else 1
+
+
 cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
     cdef int64_t seq = row // rows.rows_per_seq
     place = [row % rows.rows_per_seq]
@@ -341,15 +349,12 @@ cdef int64_t find_kept(const Rows* rows, int64_t* kept) except -1:
 cdef void forward_rows(
     const Rows* rows, const int64_t* kept, int64_t n_kept, RowPart* parts, const TokenArrays* out, int threads
 ) noexcept nogil:
-    cdef bint extras = (
-        out.entropy != NULL or out.mean_logits != NULL or out.is_top1 != NULL or out.log_sum_sq_probs != NULL
-    )
     cdef int64_t pieces = pieces_per_row(rows[0])
     cdef int64_t unit, i, row, next_kept = 0
-    cdef int64_t chunk = kTaskLogits // rows.vocab + 1
+    cdef int64_t chunk = units_per_task(rows, n_kept * pieces, threads)
     for unit in prange(n_kept * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
-        forward_piece(rows[0], kept[unit // pieces], unit % pieces, extras, &parts[unit])
-    for i in range(n_kept):
+        forward_piece(rows[0], kept[unit // pieces], unit % pieces, out[0], &parts[unit])
+    for i in prange(n_kept, num_threads=threads, schedule="static"):
         finish_row(rows[0], kept[i], &parts[i * pieces], out[0])
     for row in range(rows.n_rows):
         if next_kept < n_kept and kept[next_kept] == row:
@@ -380,7 +385,7 @@ cdef void backward_rows(
 ) noexcept nogil:
     cdef int64_t pieces = pieces_per_row(rows[0])
     cdef int64_t unit
-    cdef int64_t chunk = kTaskLogits // rows.vocab + 1
+    cdef int64_t chunk = units_per_task(rows, rows.n_rows * pieces, threads)
     for unit in prange(rows.n_rows * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
         if row_state(rows[0], unit // pieces) > 0:
             backward_piece(rows[0], unit // pieces, unit % pieces, saved[0], grads[0], out[0])

@@ -122,6 +122,10 @@ double raw_logit(const Rows& rows, const char* x, int64_t v) {
 
 }  // namespace
 
+bool wants_extras(const TokenArrays& out) {
+  return out.entropy || out.mean_logits || out.is_top1 || out.log_sum_sq_probs;
+}
+
 int row_state(const Rows& rows, int64_t row) {
   if (rows.row_mask && !rows.row_mask[row]) return 0;
   if (rows.weights && rows.weights[row] == 0) return 0;
@@ -133,24 +137,26 @@ int row_state(const Rows& rows, int64_t row) {
   return 1;
 }
 
-void forward_piece(const Rows& rows, int64_t row, int64_t piece, bool extras, RowPart* part) {
+void forward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArrays& out, RowPart* part) {
   const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
-  const char* x = row_logits(rows, row) + start * rows.vocab_stride * rows.logit_bytes;
-  *part = rows.kernels->types[rows.logit_type].forward[rows.transform_kind][extras](x, rows.vocab_stride, size,
-                                                                                    rows.transform);
+  const char* x = row_logits(rows, row);
+  *part = rows.kernels->types[rows.logit_type].forward[rows.transform_kind][wants_extras(out)](
+      x + start * rows.vocab_stride * rows.logit_bytes, rows.vocab_stride, size, rows.transform);
   if (part->argmax >= 0) part->argmax += start;
+  // while the piece is in a cache; logps' type holds the value exactly
+  for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i)
+    if (rows.targets[i] >= start && rows.targets[i] < start + size)
+      store_float(out.logps, i, logit_value(rows, x, rows.targets[i]), rows.wide);
 }
 
 void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const TokenArrays& out) {
   const double unit = unit_scale(rows.transform);
   RowPart total = empty_part();
   for (int64_t i = 0; i < pieces_per_row(rows); ++i) merge_parts(total, parts[i], unit);
-  const char* x = row_logits(rows, row);
-  for (int64_t k = 0; k < rows.n_targets; ++k) {
-    const int64_t i = row * rows.n_targets + k, target = rows.targets[i];
-    store_float(out.logps, i, row_logp(total, logit_value(rows, x, target), unit), rows.wide);
+  for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i) {
+    store_float(out.logps, i, row_logp(total, load_float(out.logps, i, rows.wide), unit), rows.wide);
     // without a largest logit (all -inf, which a soft-cap makes finite) the first one counts
-    if (out.is_top1) out.is_top1[i] = (total.argmax < 0 ? 0 : total.argmax) == target && total.sum > 0;
+    if (out.is_top1) out.is_top1[i] = (total.argmax < 0 ? 0 : total.argmax) == rows.targets[i] && total.sum > 0;
   }
   store_float(out.stats, 2 * row, total.shift, rows.wide);
   store_float(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);

@@ -92,8 +92,11 @@ void store_float(void* array, int64_t i, double x, bool wide);
 // Whether a row counts; -1 - k when its target k lies outside the vocabulary.
 int row_state(const Rows& rows, int64_t row);
 
-// One piece of one row, forward; the merge of a row's pieces into its outputs; an ignored row's outputs.
-void forward_piece(const Rows& rows, int64_t row, int64_t piece, bool extras, RowPart* part);
+bool wants_extras(const TokenArrays& out);  // anything but logps and stats
+
+// One piece of one row, forward, which also leaves the values of the targets inside it in out.logps; the merge of a
+// row's pieces into its outputs; an ignored row's outputs.
+void forward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArrays& out, RowPart* part);
 void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const TokenArrays& out);
 void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out);
 
