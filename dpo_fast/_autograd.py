@@ -30,9 +30,11 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             out = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return out
         made = [grad.detach().requires_grad_() for grad in out if grad is not None]
         refusing = iter(_Refuse.apply(*made)) if made else iter(())
@@ -46,24 +48,14 @@ def inplace_allowed(inplace_backward: bool) -> bool:
     return inplace_backward and not torch.compiler.is_compiling()
 
 
-class _NoContext:
-    """Stands for an autograd context where no gradient is wanted: keeps nothing."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pass
-
-    def _ignore(self, *_: Any) -> None:
-        pass
-
-    save_for_backward = mark_non_differentiable = set_materialize_grads = _ignore
-
-
-_NO_CONTEXT = _NoContext()
-
-
 def run(function: Any, tensor: Tensor, *args: Any) -> Any:
-    """function.apply; its forward alone, much cheaper, where `tensor`, which may get a gradient, wants none."""
+    """function.apply; its forward alone, with None as context, where `tensor`, which may get a gradient, wants none.
+
+    That is much cheaper.
+    """
     if torch.compiler.is_compiling() or (tensor.requires_grad and torch.is_grad_enabled()):
         return function.apply(tensor, *args)
+    if not torch.is_grad_enabled():
+        return function.forward(None, tensor, *args)
     with torch.no_grad():
-        return function.forward(_NO_CONTEXT, tensor, *args)
+        return function.forward(None, tensor, *args)

@@ -5,6 +5,7 @@ Every message names the argument, what was found and what was expected.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -41,9 +42,10 @@ class Layout(NamedTuple):
 
 def logit_options(ignore_index: int, temperature: float, logit_scale: float, softcap: float | None) -> LogitOptions:
     """Checks the options that say how logits become z and which rows count."""
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, found {value}")
+    if not (0 < temperature < math.inf and 0 < logit_scale < math.inf and (softcap is None or 0 < softcap < math.inf)):
+        for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, found {value}")
     return LogitOptions(operator.index(ignore_index), float(temperature), float(logit_scale), float(softcap or 0.0))
 
 
@@ -131,32 +133,10 @@ def pair_count(n_seqs: int, pairs: Sequence[int] | None) -> int:
     return count
 
 
-def rows_spec(
-    logit_type: int,
-    logits: int,
-    layout: Layout,
-    targets: int,
-    n_targets: int,
-    row_mask: int,
-    weights: int,
-    options: LogitOptions,
+@functools.lru_cache(maxsize=256)
+def rows_head(
+    logit_type: int, shape: tuple[int, ...], strides: tuple[int, ...], n_targets: int, options: LogitOptions
 ) -> tuple[int | float, ...]:
-    """The `rows` tuple of the Cython kernels (dpo_fast/_cpu.pyx); arrays by address."""
-    return (
-        logit_type,
-        logits,
-        layout.seq_stride,
-        layout.row_stride,
-        layout.vocab_stride,
-        layout.n_seqs,
-        layout.rows_per_seq,
-        layout.vocab,
-        targets,
-        n_targets,
-        row_mask,
-        weights,
-        options.ignore_index,
-        options.logit_scale,
-        options.temperature,
-        options.softcap,
-    )
+    """What the kernels' `rows` begins with; the addresses of logits, targets, row_mask and weights follow (make_rows in
+    dpo_fast/_cpu.pyx)."""
+    return (logit_type, *row_layout(shape, strides), n_targets, *options)

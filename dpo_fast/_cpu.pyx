@@ -196,9 +196,9 @@ cdef Rows make_rows(tuple spec) except *:
     cdef Rows rows
     cdef int64_t n_seqs
     cdef uintptr_t logits, targets, row_mask, weights
-    (rows.logit_type, logits, rows.seq_stride, rows.row_stride, rows.vocab_stride, n_seqs, rows.rows_per_seq,
-     rows.vocab, targets, rows.n_targets, row_mask, weights, rows.ignore_index, rows.transform.logit_scale,
-     rows.transform.temperature, rows.transform.softcap) = spec
+    (rows.logit_type, n_seqs, rows.rows_per_seq, rows.vocab, rows.seq_stride, rows.row_stride, rows.vocab_stride,
+     rows.n_targets, rows.ignore_index, rows.transform.temperature, rows.transform.logit_scale, rows.transform.softcap,
+     logits, targets, row_mask, weights) = spec
     rows.n_rows = n_seqs * rows.rows_per_seq
     refuse_null(logits, rows.n_rows, "logits")
     refuse_null(targets, rows.n_rows * rows.n_targets, "targets")
@@ -254,7 +254,7 @@ cdef Pairs make_pairs(tuple spec, int64_t n_seqs, bint unpaired) except *:
     return pairs
 
 
-cdef LossOptions make_loss(tuple spec, const Pairs* pairs) except *:
+cdef LossOptions make_loss(tuple spec) except *:
     cdef LossOptions options
     cdef int i
     (types, weights, options.beta, options.label_smoothing, options.discopop_tau, options.simpo_gamma,
@@ -270,7 +270,6 @@ cdef LossOptions make_loss(tuple spec, const Pairs* pairs) except *:
         options.weights[i] = weights[i]
         if not 0 <= options.types[i] < kLossTypes:
             raise ValueError(f"there is no loss number {options.types[i]}")
-    options.baseline = pairs.baseline[0] if pairs.baseline != NULL else 0
     return options
 
 
@@ -280,10 +279,6 @@ cdef bint any_term(const LossOptions* options, int flag) noexcept nogil:
         if loss_flags(options.types[i]) & flag:
             return True
     return False
-
-
-cdef bint spec_is_unpaired(tuple spec) except *:
-    return any(loss_flags(t) & kUnpaired for t in spec[0])
 
 
 def loss_types():
@@ -352,10 +347,16 @@ cdef void forward_rows(
     cdef int64_t pieces = pieces_per_row(rows[0])
     cdef int64_t unit, i, row, next_kept = 0
     cdef int64_t chunk = units_per_task(rows, n_kept * pieces, threads)
-    for unit in prange(n_kept * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
-        forward_piece(rows[0], kept[unit // pieces], unit % pieces, out[0], &parts[unit])
-    for i in prange(n_kept, num_threads=threads, schedule="static"):
-        finish_row(rows[0], kept[i], &parts[i * pieces], out[0])
+    if threads == 1:  # not even a team of one
+        for unit in range(n_kept * pieces):
+            forward_piece(rows[0], kept[unit // pieces], unit % pieces, out[0], &parts[unit])
+        for i in range(n_kept):
+            finish_row(rows[0], kept[i], &parts[i * pieces], out[0])
+    else:
+        for unit in prange(n_kept * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
+            forward_piece(rows[0], kept[unit // pieces], unit % pieces, out[0], &parts[unit])
+        for i in prange(n_kept, num_threads=threads, schedule="static"):
+            finish_row(rows[0], kept[i], &parts[i * pieces], out[0])
     for row in range(rows.n_rows):
         if next_kept < n_kept and kept[next_kept] == row:
             next_kept += 1
@@ -369,7 +370,6 @@ cdef int run_forward(const Rows* rows, const TokenArrays* out, int threads) exce
     cdef int64_t n_kept
     try:
         refuse_null(<uintptr_t>out.logps, rows.n_rows * rows.n_targets, "logps")
-        refuse_null(<uintptr_t>out.stats, rows.n_rows, "stats")
         n_kept = find_kept(rows, kept)
         parts = <RowPart*>allocate(n_kept * pieces_per_row(rows[0]), sizeof(RowPart))
         with nogil:
@@ -380,17 +380,28 @@ cdef int run_forward(const Rows* rows, const TokenArrays* out, int threads) exce
     return 0
 
 
+cdef inline void backward_unit(
+    const Rows* rows, int64_t row, int64_t piece, const TokenArrays* saved, const TokenGrads* grads,
+    const GradTensor* out,
+) noexcept nogil:
+    if row_state(rows[0], row) > 0:
+        backward_piece(rows[0], row, piece, saved[0], grads[0], out[0])
+    else:
+        zero_piece(rows[0], row, piece, out[0])
+
+
 cdef void backward_rows(
     const Rows* rows, const TokenArrays* saved, const TokenGrads* grads, const GradTensor* out, int threads
 ) noexcept nogil:
     cdef int64_t pieces = pieces_per_row(rows[0])
     cdef int64_t unit
     cdef int64_t chunk = units_per_task(rows, rows.n_rows * pieces, threads)
-    for unit in prange(rows.n_rows * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
-        if row_state(rows[0], unit // pieces) > 0:
-            backward_piece(rows[0], unit // pieces, unit % pieces, saved[0], grads[0], out[0])
-        else:
-            zero_piece(rows[0], unit // pieces, unit % pieces, out[0])
+    if threads == 1:
+        for unit in range(rows.n_rows * pieces):
+            backward_unit(rows, unit // pieces, unit % pieces, saved, grads, out)
+    else:
+        for unit in prange(rows.n_rows * pieces, num_threads=threads, schedule="dynamic", chunksize=chunk):
+            backward_unit(rows, unit // pieces, unit % pieces, saved, grads, out)
 
 
 cdef double weight_sum(const Rows* rows, const Sequences* seqs, int64_t s) noexcept nogil:
@@ -437,14 +448,12 @@ cdef void spread_to_rows(
 
 
 cdef int refuse_null_losses(
-    int64_t n_pairs, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
-    uintptr_t pair_grads,
+    int64_t n_pairs, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards
 ) except -1:
     refuse_null(loss, 1, "loss")
     refuse_null(losses, n_pairs, "losses")
     refuse_null(chosen_rewards, n_pairs, "chosen_rewards")
-    refuse_null(rejected_rewards, n_pairs, "rejected_rewards")
-    return refuse_null(pair_grads, n_pairs, "pair_grads")
+    return refuse_null(rejected_rewards, n_pairs, "rejected_rewards")
 
 
 cdef void count_targets(const Rows* rows, const Sequences* seqs, double* lengths) noexcept nogil:
@@ -472,13 +481,15 @@ cdef void wpo_weights(
         seq_weights[s] = exp(total / n) if n > 0 else 1
 
 
-cdef Side side_of(int64_t s, const double* logps, const double* ref_logps, const double* lengths) noexcept nogil:
+cdef Side side_of(
+    int64_t s, const double* logps, const void* ref_logps, bint ref_double, const double* lengths
+) noexcept nogil:
     cdef Side side
     side.present = s >= 0
     side.logp = logps[s] if s >= 0 else 0
     side.ratio = side.logp
     if s >= 0 and ref_logps != NULL:
-        side.ratio -= ref_logps[s]
+        side.ratio -= load_float(ref_logps, s, ref_double)
     side.length = lengths[s] if s >= 0 and lengths != NULL else 0
     return side
 
@@ -493,8 +504,8 @@ cdef double chosen_tokens(const Pairs* pairs, const double* lengths) noexcept no
 
 
 cdef void pair_losses(
-    const Pairs* pairs, LossOptions options, const double* logps, const double* ref_logps, const double* lengths,
-    const double* seq_weights, bint wide, void* loss, void* losses, void* chosen_rewards, void* rejected_rewards,
+    const Pairs* pairs, LossOptions options, const double* logps, const void* ref_logps, bint ref_double,
+    const double* lengths, const double* seq_weights, bint wide, void* loss, void* losses, void* chosen_rewards, void* rejected_rewards,
     double* pair_grads,
 ) noexcept nogil:
     """The losses, rewards and derivatives of all pairs. lengths and seq_weights may be null."""
@@ -502,13 +513,14 @@ cdef void pair_losses(
     cdef double total = 0, weight
     cdef Pair pair
     cdef PairLoss result
+    options.baseline = pairs.baseline[0] if pairs.baseline != NULL else 0
     if options.tokens_per_pair == 0 and lengths != NULL:
         options.tokens_per_pair = chosen_tokens(pairs, lengths) / pairs.n_pairs
     for p in range(pairs.n_pairs):
         c = chosen_of(pairs, p)
         d = rejected_of(pairs, p)
-        pair.chosen = side_of(c, logps, ref_logps, lengths)
-        pair.rejected = side_of(d, logps, ref_logps, lengths)
+        pair.chosen = side_of(c, logps, ref_logps, ref_double, lengths)
+        pair.rejected = side_of(d, logps, ref_logps, ref_double, lengths)
         result = pair_loss(pair, options)
         weight = pairs.weights[p] if pairs.weights != NULL else 1
         if seq_weights != NULL and c >= 0 and d >= 0:
@@ -519,8 +531,9 @@ cdef void pair_losses(
         store_float(losses, p, weight * result.loss, wide)
         store_float(chosen_rewards, p, options.beta * pair.chosen.ratio if c >= 0 else NAN, wide)
         store_float(rejected_rewards, p, options.beta * pair.rejected.ratio if d >= 0 else NAN, wide)
-        pair_grads[2 * p] = weight * result.d_chosen
-        pair_grads[2 * p + 1] = weight * result.d_rejected
+        if pair_grads != NULL:
+            pair_grads[2 * p] = weight * result.d_chosen
+            pair_grads[2 * p + 1] = weight * result.d_rejected
     store_float(loss, 0, total / pairs.divisor, wide)
 
 
@@ -563,7 +576,8 @@ def token_forward(
     tuple rows, int threads, uintptr_t logps, uintptr_t stats, uintptr_t entropy, uintptr_t mean_logits,
     uintptr_t is_top1, uintptr_t log_sum_sq_probs,
 ):
-    """Fills logps [rows, n_targets], stats [rows, 2] and those of the other outputs that are not 0."""
+    """Fills logps [rows, n_targets] and those of the other outputs that are not 0: stats [rows, 2], which backward
+    needs, and one number per row (is_top1: per target)."""
     cdef Rows r = make_rows(rows)
     cdef TokenArrays out = make_arrays(logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs)
     run_forward(&r, &out, threads)
@@ -572,7 +586,7 @@ def token_forward(
 def sequence_forward(
     tuple rows, tuple seqs, int threads, uintptr_t logps, uintptr_t stats, uintptr_t seq_logps, bint double_sums
 ):
-    """Fills logps [rows], stats [rows, 2] and seq_logps [n_seqs] (float64 with double_sums)."""
+    """Fills logps [rows], stats [rows, 2] (if not 0) and seq_logps [n_seqs] (float64 with double_sums)."""
     cdef Rows r = make_rows(rows)
     cdef Sequences q = make_seqs(seqs, &r)
     cdef TokenArrays out = make_arrays(logps, stats, 0, 0, 0, 0)
@@ -591,25 +605,26 @@ def sequence_forward(
 
 def dpo_forward(
     tuple rows, tuple seqs, tuple pairs_spec, tuple loss_spec, int threads, bint wpo, bint float_sums,
-    uintptr_t ref_logps,
+    uintptr_t ref_logps, bint ref_double,
     uintptr_t logps, uintptr_t stats, uintptr_t entropy, uintptr_t mean_logits, uintptr_t is_top1,
     uintptr_t log_sum_sq_probs, uintptr_t seq_logps, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards,
     uintptr_t rejected_rewards, uintptr_t pair_grads,
 ):
-    """Fills logps [rows], stats [rows, 2], the other statistics of tokens [rows] that are not 0 (with wpo,
-    log_sum_sq_probs has to be there; with float_sums, sums are rounded to float32 as ref_logps were), seq_logps [n_seqs], loss [], losses and rewards [n_pairs] and pair_grads
-    [n_pairs, 2] (float64): the derivatives of each pair's loss with respect to its two log-probs."""
+    """Fills logps [rows], the other statistics of tokens [rows] that are not 0, seq_logps [n_seqs], loss [], losses and
+    rewards [n_pairs]; for backward, if not 0, stats [rows, 2] and pair_grads [n_pairs, 2] (float64): the derivatives of
+    each pair's loss with respect to its two log-probs. ref_logps [n_seqs] are float32, or float64 with ref_double. With
+    wpo, log_sum_sq_probs has to be there; with float_sums, sums are rounded to float32 as ref_logps were."""
     cdef Rows r = make_rows(rows)
     cdef Sequences q = make_seqs(seqs, &r)
-    cdef Pairs p = make_pairs(pairs_spec, q.n_seqs, spec_is_unpaired(loss_spec))
-    cdef LossOptions options = make_loss(loss_spec, &p)
+    cdef LossOptions options = make_loss(loss_spec)
+    cdef Pairs p = make_pairs(pairs_spec, q.n_seqs, any_term(&options, kUnpaired))
     cdef TokenArrays out = make_arrays(logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs)
     cdef double* sums = NULL
     cdef double* lengths = NULL
     cdef double* seq_weights = NULL
     cdef int64_t s
     refuse_null(seq_logps, q.n_seqs, "seq_logps")
-    refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
+    refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards)
     if wpo:
         refuse_null(log_sum_sq_probs, r.n_rows, "log_sum_sq_probs")
     run_forward(&r, &out, threads)
@@ -627,8 +642,8 @@ def dpo_forward(
             seq_weights = <double*>allocate(q.n_seqs, sizeof(double))
             wpo_weights(&r, &q, &out, seq_weights)
         pair_losses(
-            &p, options, sums, <const double*>ref_logps, lengths, seq_weights, r.wide, <void*>loss, <void*>losses,
-            <void*>chosen_rewards, <void*>rejected_rewards, <double*>pair_grads,
+            &p, options, sums, <const void*>ref_logps, ref_double, lengths, seq_weights, r.wide, <void*>loss,
+            <void*>losses, <void*>chosen_rewards, <void*>rejected_rewards, <double*>pair_grads,
         )
     finally:
         free(seq_weights)
@@ -691,24 +706,24 @@ def backward(
 
 def preference_forward(
     tuple pairs_spec, tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t logps, uintptr_t ref_logps,
-    uintptr_t lengths, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
+    bint ref_double, uintptr_t lengths, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
     uintptr_t pair_grads,
 ):
     """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`, and the lengths [n_seqs]
     (float64) where the loss reads them."""
-    cdef Pairs p = make_pairs(pairs_spec, n_seqs, spec_is_unpaired(loss_spec))
-    cdef LossOptions options = make_loss(loss_spec, &p)
+    cdef LossOptions options = make_loss(loss_spec)
+    cdef Pairs p = make_pairs(pairs_spec, n_seqs, any_term(&options, kUnpaired))
     cdef double* values
     cdef int64_t s
     refuse_null(logps, n_seqs, "logps")
-    refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
+    refuse_null_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards)
     if any_term(&options, kLengths):
         refuse_null(lengths, n_seqs, "lengths")
     values = <double*>allocate(n_seqs, sizeof(double))
     for s in range(n_seqs):
         values[s] = load_float(<const void*>logps, s, wide)
     pair_losses(
-        &p, options, values, <const double*>ref_logps, <const double*>lengths, NULL, wide, <void*>loss,
+        &p, options, values, <const void*>ref_logps, ref_double, <const double*>lengths, NULL, wide, <void*>loss,
         <void*>losses, <void*>chosen_rewards, <void*>rejected_rewards, <double*>pair_grads,
     )
     free(values)

@@ -203,9 +203,9 @@ cdef CudaRows make_rows(tuple spec) except *:
     cdef CudaRows rows
     cdef int64_t n_seqs
     cdef uintptr_t logits, targets, row_mask, weights
-    (rows.logit_type, logits, rows.seq_stride, rows.row_stride, rows.vocab_stride, n_seqs, rows.rows_per_seq,
-     rows.vocab, targets, rows.n_targets, row_mask, weights, rows.ignore_index, rows.transform.logit_scale,
-     rows.transform.temperature, rows.transform.softcap, rows.weights_double) = spec
+    (rows.logit_type, n_seqs, rows.rows_per_seq, rows.vocab, rows.seq_stride, rows.row_stride, rows.vocab_stride,
+     rows.n_targets, rows.ignore_index, rows.transform.temperature, rows.transform.logit_scale, rows.transform.softcap,
+     logits, targets, row_mask, weights, rows.weights_double) = spec
     rows.n_rows = n_seqs * rows.rows_per_seq
     refuse_null(logits, rows.n_rows, "logits")
     refuse_null(targets, rows.n_rows * rows.n_targets, "targets")

@@ -54,11 +54,6 @@ class _CudaCall(ops.Call):
         self.alive.append(torch.empty(n_bytes, dtype=torch.uint8, device=self.device))
         return self.alive[-1].data_ptr()
 
-    def reference(self, ref_logps: Tensor | None) -> tuple[int, bool]:
-        """Address, and whether they are float64."""
-        double = ref_logps is not None and ref_logps.dtype is torch.float64
-        return self._as(ref_logps, torch.float64 if double else torch.float32), double
-
     def cuda_backward(
         self,
         grad: Tensor,
@@ -114,10 +109,9 @@ def seq_saved_shape(n_seqs: int) -> tuple[int, int]:
 def _token_forward(
     logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any
 ) -> tuple[Tensor, ...]:
-    ops.check_rows(logits, targets, row_mask)
     options, want = LogitOptions(*options_and_want[:4]), options_and_want[4:]
+    out = ops.token_outputs(logits, targets, row_mask, *options_and_want)
     _check_values(logits, targets, options, row_mask=row_mask)
-    out = ops.token_outputs(logits, targets, want)
     call = _CudaCall(logits)
     rows = call.cuda_rows(logits, targets, row_mask, None, options)
     extras = [t.data_ptr() if wanted else 0 for t, wanted in zip(out[2:], want, strict=True)]
@@ -157,7 +151,7 @@ def _sequence_forward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     options, double_sums = LogitOptions(*rest[:4]), rest[4]
-    out = ops.sequence_outputs(logits, targets, cu_seqlens, token_weights, double_sums)
+    out = ops.sequence_outputs(logits, targets, cu_seqlens, token_weights, average, *rest)
     seq_logps, logps, stats, seq_saved = out
     n_seqs = seq_logps.shape[0]
     _check_values(logits, targets, options, token_weights, cu_seqlens=cu_seqlens)
@@ -211,7 +205,8 @@ def _dpo_forward(
         logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *rest
     )
     loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras, seq_saved = out
-    options, (*loss_options, divisor), (wpo, *want) = ops.split_loss_arguments(rest)
+    logit_opts, loss_options, divisor, (wpo, *want) = ops.split_loss_arguments(rest)
+    options = LogitOptions(*logit_opts)
     n_seqs = seq_logps.shape[0]
     _check_values(logits, targets, options, token_weights, None, cu_seqlens, pairs, n_seqs)
     log_sum_sq_probs = torch.empty_like(logps) if wpo else None
@@ -221,7 +216,7 @@ def _dpo_forward(
     results = (seq_logps, loss, losses, chosen_rewards, rejected_rewards, pair_grads, seq_saved)
     _kernels().dpo_forward(
         rows, call.seqs(cu_seqlens, n_seqs, average),
-        call.pairs(losses.shape[0], pairs, divisor, pair_weights, baseline), tuple(loss_options), *call.place, scratch,
+        call.pairs(losses.shape[0], pairs, divisor, pair_weights, baseline), loss_options, *call.place, scratch,
         wpo, *call.reference(ref_logps), logps.data_ptr(), stats.data_ptr(),
         *[extra.data_ptr() if wanted else 0 for extra, wanted in zip(extras, want, strict=True)],
         0 if log_sum_sq_probs is None else log_sum_sq_probs.data_ptr(), *[t.data_ptr() for t in results],

@@ -301,20 +301,9 @@ def choose_loss(
     return Loss(options, coupled, unpaired, reads_lengths, divisor, total_pairs)
 
 
-@functools.lru_cache(maxsize=64)
-def _chosen_before(items: tuple[tuple[str, Any], ...]) -> Loss:
-    return choose_loss(**dict(items))
-
-
-_PLAIN = (str, float, int, bool, type(None))
-
-
-def remembered_loss(**options: Any) -> Loss:
-    """As `choose_loss`; a choice made of plain numbers and names is remembered, which saves small calls some time."""
-    for value in options.values():
-        if value.__class__ not in _PLAIN:
-            return choose_loss(**options)
-    return _chosen_before(tuple(options.items()))
+# A choice made of plain numbers and names can be remembered, which saves small calls some time.
+remembered_loss = functools.lru_cache(maxsize=64)(choose_loss)
+PLAIN = {str, float, int, bool, type(None)}
 
 
 def _normalisation(

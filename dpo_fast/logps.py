@@ -37,8 +37,10 @@ class _TokenLogps(torch.autograd.Function):
         want: tuple[bool, bool, bool, bool],
         inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
-        out = ops.call("token_forward", logits, targets, row_mask, *options, *want)
+        out = ops.call("token_forward", logits, targets, row_mask, *options, *want, keep=ctx is not None)
         logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs = out
+        if ctx is None:
+            return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
         ctx.save_for_backward(logits, targets, row_mask, logps, stats, entropy)
         ctx.options, ctx.inplace_backward, ctx.has_entropy = options, inplace_backward, want[0]
         ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
@@ -73,8 +75,11 @@ class _SequenceLogps(torch.autograd.Function):
         options: LogitOptions,
         inplace_backward: bool,
     ) -> Tensor:
-        out = ops.call("sequence_forward", logits, targets, cu_seqlens, token_weights, average, *options, False)
+        args = (targets, cu_seqlens, token_weights, average, *options, False)
+        out = ops.call("sequence_forward", logits, *args, keep=ctx is not None)
         seq_logps, logps, stats, seq_saved = out
+        if ctx is None:
+            return seq_logps  # type: ignore[no-any-return]
         ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, logps, stats, seq_saved)
         ctx.average, ctx.options, ctx.inplace_backward = average, options, inplace_backward
         return seq_logps  # type: ignore[no-any-return]

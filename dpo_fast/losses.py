@@ -21,6 +21,7 @@ from dpo_fast._autograd import differentiable_once, inplace_allowed, run
 from dpo_fast._checks import TOKEN_OUTPUTS, LogitOptions, check_shape, check_token_outputs, logit_options, pair_count
 from dpo_fast._coupled import coupled_losses
 from dpo_fast._loss_options import (
+    PLAIN,
     TINY_WEIGHT,
     Loss,
     LossKeywords,
@@ -56,18 +57,17 @@ class _DPOLoss(torch.autograd.Function):
         average = loss_options.average
         out = ops.call(
             "dpo_forward", logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights,
-            baseline, *options, *loss_options, divisor, wpo, *want[1:],
+            baseline, *options, *loss_options, divisor, wpo, *want[1:], keep=ctx is not None,
         )  # fmt: skip
         loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras, seq_saved = out
-        ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads, seq_saved)
-        ctx.average, ctx.options, ctx.divisor, ctx.inplace_backward = average, options, divisor, inplace_backward
-        ctx.set_materialize_grads(False)
-        if not want[0]:
-            ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
-            return loss, losses, seq_logps, chosen_rewards, rejected_rewards
-        tokens = logps.clone()
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
-        return loss, losses, seq_logps, chosen_rewards, rejected_rewards, tokens, *extras
+        no_grads = (chosen_rewards, rejected_rewards, *((logps.clone(), *extras) if want[0] else ()))
+        if ctx is not None:
+            saved = (cu_seqlens, token_weights, pairs, logps, stats, pair_grads, seq_saved)
+            ctx.save_for_backward(logits, targets, *saved)
+            ctx.average, ctx.options, ctx.divisor, ctx.inplace_backward = average, options, divisor, inplace_backward
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*no_grads)
+        return loss, losses, seq_logps, *no_grads
 
     @staticmethod
     @differentiable_once
@@ -99,13 +99,15 @@ class _PreferenceLoss(torch.autograd.Function):
         divisor: float,
     ) -> tuple[Tensor, ...]:
         out = ops.call(
-            "preference_forward", logps, ref_logps, lengths, pairs, pair_weights, baseline, *loss_options, divisor
-        )
+            "preference_forward", logps, ref_logps, lengths, pairs, pair_weights, baseline, *loss_options, divisor,
+            keep=ctx is not None,
+        )  # fmt: skip
         loss, losses, chosen_rewards, rejected_rewards, pair_grads = out
-        ctx.save_for_backward(logps, pairs, pair_grads)
-        ctx.divisor = divisor
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
-        ctx.set_materialize_grads(False)
+        if ctx is not None:
+            ctx.save_for_backward(logps, pairs, pair_grads)
+            ctx.divisor = divisor
+            ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
+            ctx.set_materialize_grads(False)
         return loss, losses, chosen_rewards, rejected_rewards
 
     @staticmethod
@@ -243,15 +245,19 @@ def with_tokens(
 
 def checked_loss(**options: Any) -> Loss:
     """`choose_loss`, remembered in eager mode."""
-    return choose_loss(**options) if torch.compiler.is_compiling() else remembered_loss(**options)
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, options.values())):
+        return choose_loss(**options)
+    return remembered_loss(**options)
 
 
 def check_loss_outputs(outputs: Sequence[str]) -> tuple[bool, bool, bool, bool]:
     """Which statistics of tokens a loss is asked for; log-probs, where any is."""
+    if not outputs:
+        return (False,) * 4
     check_token_outputs(outputs)
     if "log_sum_sq_probs" in outputs:
         raise ValueError("a loss gives no 'log_sum_sq_probs': see token_logps")
-    return (bool(outputs), *(name in outputs for name in TOKEN_OUTPUTS[1:4]))  # type: ignore[return-value]
+    return (True, *(name in outputs for name in TOKEN_OUTPUTS[1:4]))  # type: ignore[return-value]
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -366,8 +372,9 @@ def dpo_loss(
             loss.options.average,
             *logit_opts,
             True,
+            keep=False,
         )[0]
-    if ref_logps is not None:
+    if ref_logps is not None and ref_logps.requires_grad:
         ref_logps = ref_logps.detach()
     reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = run(
         _DPOLoss,
@@ -442,7 +449,7 @@ def preference_loss(
     if logps.dim() != 1:
         raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
     values = logps.float() if logps.dtype in (torch.bfloat16, torch.float16) else logps
-    if ref_logps is not None:
+    if ref_logps is not None and ref_logps.requires_grad:
         ref_logps = ref_logps.detach()
     if loss.unpaired or desirable is not None:
         pairs = loss_pairs(loss, logps.shape[0], pairs, desirable, logps.device)

@@ -51,6 +51,11 @@ def _address(array: Array | None) -> int:
     return 0 if array is None else int(array.__array_interface__["data"][0])
 
 
+def _strides(array: Array) -> tuple[int, ...]:
+    """In elements."""
+    return tuple(stride // array.itemsize for stride in array.strides)
+
+
 def _integers(name: str, values: ArrayLike) -> Array:
     array = np.asarray(values)
     if not array.size:  # an empty list has no type of its own
@@ -109,20 +114,12 @@ class _Rows:
         self.options = options
         self.spec = self._spec()
 
-    def _layout(self, array: Array) -> _checks.Layout:
-        return _checks.row_layout(array.shape, [stride // array.itemsize for stride in array.strides])
-
     def _spec(self) -> tuple[int | float, ...]:
-        return _checks.rows_spec(
-            _LOGIT_TYPES[self.logits.dtype.name],
-            _address(self.logits),
-            self._layout(self.logits),
-            _address(self.targets),
-            self.targets.shape[-1] if self.targets.ndim == self.logits.ndim else 1,
-            _address(self.row_mask),
-            _address(self.weights),
-            self.options,
+        n_targets = self.targets.shape[-1] if self.targets.ndim == self.logits.ndim else 1
+        head = _checks.rows_head(
+            _LOGIT_TYPES[self.logits.dtype.name], self.logits.shape, _strides(self.logits), n_targets, self.options
         )
+        return (*head, *map(_address, (self.logits, self.targets, self.row_mask, self.weights)))
 
     def new(self, shape: tuple[int, ...]) -> Array:
         return np.empty(shape, self.wide)
@@ -156,7 +153,7 @@ class _Rows:
                 )
         else:
             grad = np.empty(self.logits.shape, self.logits.dtype)
-        layout = self._layout(grad)
+        layout = _checks.row_layout(grad.shape, _strides(grad))
         logps, stats = saved
         _cpu.backward(
             self.spec,
@@ -530,6 +527,7 @@ def dpo_loss(
         wpo,
         out.float_sums,
         _address(out.ref_logps),
+        True,
         _address(saved[0]),
         _address(saved[1]),
         0,
@@ -607,6 +605,7 @@ def preference_loss(
         n_seqs,
         _address(values),
         _address(out.ref_logps),
+        True,
         _address(tokens),
         *out.addresses(),
     )

@@ -14,6 +14,7 @@ because it is the cheapest way into the dispatcher: 2-4 us a call, against 10 us
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast import _checks, _cpu, _native, fallback
-from dpo_fast._checks import LogitOptions, check_shape
+from dpo_fast._checks import check_shape
 from dpo_fast._sequences import wide_type
 
 LOGIT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -81,18 +82,19 @@ def implement(name: str, implementation: Callable[..., Any], key: str) -> None:
         _ON_CPU[name] = implementation
 
 
-def call(name: str, tensor: Tensor, *args: Any) -> Any:
+def call(name: str, tensor: Tensor, *args: Any, **direct: Any) -> Any:
     """Calls an operator; straight, without torch's dispatcher, where nothing there would take part.
 
-    That is in eager mode, for plain tensors on the CPU, with no mode on the stack. It saves some 10 us a call.
+    That is in eager mode, for plain tensors on the CPU, with no mode on the stack. It saves some 10 us a call. `direct`
+    is for such a call only: keep=False, no backward will follow.
     """
     if (
         not torch.compiler.is_compiling()
-        and tensor.__class__ in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.__class__ in _PLAIN
+        and tensor.is_cpu
         and not torch._C._len_torch_dispatch_stack()
     ):
-        return _ON_CPU[name](tensor, *args)
+        return _ON_CPU[name](tensor, *args, **direct)
     return getattr(torch.ops.dpo_fast, name)(tensor, *args)
 
 
@@ -122,6 +124,70 @@ def check_integers(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless the tensor holds integers that fit int64."""
     if not _checks.is_integer_type(str(tensor.dtype).removeprefix("torch.")):
         raise TypeError(f"{name} must be integers, found {tensor.dtype}")
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def by_metadata(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what a function returns that looks at nothing of its tensors but types, shapes, strides and devices.
+
+    Checks of arguments are such, and cost more than the rest of a small call. What raises is not remembered; tensors
+    that are not plain ones (fake ones, subclasses) pass by.
+    """
+    memo: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(function)
+    def remembering(*args: Any) -> Any:
+        key: list[Any] = []
+        for arg in args:
+            if arg is None:
+                key.append(None)
+            elif arg.__class__ in _PLAIN:
+                key += arg.dtype, arg.shape, arg.stride(), arg.device
+            elif isinstance(arg, Tensor):
+                return function(*args)
+            else:
+                key.append(arg)
+        found = memo.get(tuple(key), memo)
+        if found is memo:  # not there
+            found = function(*args)
+            if len(memo) >= 256:
+                memo.clear()
+            memo[tuple(key)] = found
+        return found
+
+    return remembering
+
+
+class Room:
+    """What an operator returns, by shape and type: made anew for each call.
+
+    `for_backward`: places of tensors that backward alone needs. Plain tensors are made like a single number that is
+    seen as a tensor of that shape, which takes half of the time; those without elements are not made anew.
+    """
+
+    def __init__(
+        self, like: Tensor, *tensors: tuple[tuple[int, ...], torch.dtype], for_backward: tuple[int, ...] = ()
+    ) -> None:
+        self.tensors, self.device = tensors, like.device
+        self.all: list[tuple[Tensor, bool]] = []  # and whether it has elements
+        if like.__class__ in _PLAIN:
+            with torch.inference_mode(False):  # they outlive this call, and autograd may save those without elements
+                self.all = [(self._new((), dtype).expand(shape), 0 not in shape) for shape, dtype in tensors]
+                self.results = self.all.copy()
+                for i in for_backward:
+                    self.results[i] = self._new((0,), tensors[i][1]), False
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def make(self, keep: bool = True) -> list[Tensor]:
+        """New tensors, their numbers undefined; without `keep`, nothing in place of what backward alone needs."""
+        if not self.all:
+            return [self._new(shape, dtype) for shape, dtype in self.tensors]
+        patterns = self.all if keep else self.results
+        return [torch.empty_like(pattern) if elements else pattern for pattern, elements in patterns]
 
 
 def _check_real(name: str, tensor: Tensor) -> None:
@@ -213,6 +279,7 @@ def _check_saved(logits: Tensor, targets: Tensor, logps: Tensor, stats: Tensor) 
     check_shape("stats", stats.shape, (*logits.shape[:-1], 2), f"to fit logits of shape {tuple(logits.shape)}")
 
 
+@by_metadata
 def _check_inplace(logits: Tensor) -> None:
     if _checks.overlaps(logits.shape, logits.stride()):
         raise ValueError(
@@ -251,9 +318,10 @@ class Call:
         """Address, in int64."""
         return self._as(tensor, torch.int64)
 
-    def booleans(self, tensor: Tensor | None) -> int:
-        """Address, in bool."""
-        return self._as(tensor, torch.bool)
+    def reference(self, ref_logps: Tensor | None) -> tuple[int, bool]:
+        """Address of the reference's log-probs, float32 or float64, and whether they are float64."""
+        double = ref_logps is not None and ref_logps.dtype is torch.float64
+        return self._as(ref_logps, torch.float64 if double else torch.float32), double
 
     def rows(
         self,
@@ -261,19 +329,17 @@ class Call:
         targets: Tensor,
         row_mask: Tensor | None,
         weights: Tensor | None,
-        options: LogitOptions,
+        options: tuple[Any, ...],
         double_weights: bool = True,
     ) -> tuple[int | float, ...]:
         """The kernels' `rows`."""
-        return _checks.rows_spec(
-            LOGIT_TYPES[logits.dtype],
+        n_targets = targets.shape[-1] if targets.dim() == logits.dim() else 1
+        return (
+            *_checks.rows_head(LOGIT_TYPES[logits.dtype], logits.shape, logits.stride(), n_targets, options),
             logits.data_ptr(),
-            _checks.row_layout(logits.shape, logits.stride()),
-            self.integers(targets),
-            targets.shape[-1] if targets.dim() == logits.dim() else 1,
-            self.booleans(row_mask),
+            self._as(targets, torch.int64),
+            self._as(row_mask, torch.bool),
             self.weights_address(weights, double_weights),
-            options,
         )
 
     def weights_address(self, weights: Tensor | None, double: bool) -> int:
@@ -320,10 +386,6 @@ class Call:
         )
 
 
-def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
-
-
 _HAS_CUDA_KERNELS = _native.has_cuda_kernels()
 
 
@@ -339,38 +401,36 @@ def _seq_saved_shape(like: Tensor, n_seqs: int) -> tuple[int, int]:
 # --- token log-probs --------------------------------------------------------------------------------------------------
 
 
-def token_outputs(logits: Tensor, targets: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """Room for what token_forward returns."""
-    wide = wide_type(logits.dtype)
-    rows = tuple(logits.shape[:-1])
-    shapes = (rows, rows, tuple(targets.shape), rows)
-    extras = [
-        _new(logits, shape if wanted else (0,), torch.bool if i == 2 else wide)
-        for i, (shape, wanted) in enumerate(zip(shapes, want, strict=True))
-    ]
-    return (_new(logits, tuple(targets.shape), wide), _new(logits, (*rows, 2), wide), *extras)
-
-
-def _token_forward_fake(
-    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any
-) -> tuple[Tensor, ...]:
+@by_metadata
+def _token_room(logits: Tensor, targets: Tensor, row_mask: Tensor | None, *want: bool) -> Room:
     check_rows(logits, targets, row_mask)
-    return token_outputs(logits, targets, options_and_want[4:])
+    wide = wide_type(logits.dtype)
+    rows, each = tuple(logits.shape[:-1]), tuple(targets.shape)
+    extras = [
+        (shape if wanted else (0,), dtype)
+        for shape, dtype, wanted in zip((rows, rows, each, rows), (wide, wide, torch.bool, wide), want, strict=True)
+    ]
+    return Room(logits, (each, wide), ((*rows, 2), wide), *extras, for_backward=(1,))
+
+
+def token_outputs(
+    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any, keep: bool = True
+) -> tuple[Tensor, ...]:
+    """Checks what token_forward is given; room for what it returns."""
+    return tuple(_token_room(logits, targets, row_mask, *options_and_want[4:]).make(keep))
 
 
 def _token_forward(
-    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any
+    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any, keep: bool = True
 ) -> tuple[Tensor, ...]:
-    check_rows(logits, targets, row_mask)
+    out = token_outputs(logits, targets, row_mask, *options_and_want, keep=keep)
     call = Call(logits.dtype)
-    rows = call.rows(logits, targets, row_mask, None, LogitOptions(*options_and_want[:4]))
-    want = options_and_want[4:]
-    out = token_outputs(logits, targets, want)
-    extras = [t.data_ptr() if wanted else 0 for t, wanted in zip(out[2:], want, strict=True)]
-    _cpu.token_forward(rows, torch.get_num_threads(), out[0].data_ptr(), out[1].data_ptr(), *extras)
+    rows = call.rows(logits, targets, row_mask, None, options_and_want[:4])
+    _cpu.token_forward(rows, torch.get_num_threads(), *[t.data_ptr() for t in out])  # 0 where not wanted
     return out
 
 
+@by_metadata
 def _check_token_backward(logits: Tensor, targets: Tensor, row_mask: Tensor | None, *rest: Any) -> None:
     logps, stats, entropy, grad_logps, grad_entropy = rest[4:]
     check_rows(logits, targets, row_mask)
@@ -400,7 +460,7 @@ def _token_backward_into(
     grad_entropy: Tensor | None,
 ) -> None:
     call = Call(logits.dtype)
-    options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
+    options = (ignore_index, temperature, logit_scale, softcap)
     rows = call.rows(logits, targets, row_mask, None, options)
     grads = (grad_logps, grad_entropy, None, None, None)
     call.backward(grad, rows, None, None, (logps, stats, entropy, None), grads)
@@ -409,29 +469,34 @@ def _token_backward_into(
 # --- sequence log-probs -----------------------------------------------------------------------------------------------
 
 
+@by_metadata
+def _sequence_room(
+    logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, double_sums: bool
+) -> Room:
+    n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
+    wide = wide_type(logits.dtype)
+    shape = tuple(targets.shape)
+    return Room(
+        logits,
+        ((n_seqs,), torch.float64 if double_sums else wide),
+        (shape, wide),
+        ((*shape, 2), wide),
+        (_seq_saved_shape(logits, n_seqs), torch.float64),
+        for_backward=(2,),
+    )
+
+
 def sequence_outputs(
     logits: Tensor,
     targets: Tensor,
     cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
-    double_sums: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checks what sequence_forward is given; room for what it returns."""
-    n_seqs = check_sequences(logits, targets, cu_seqlens, token_weights)
-    wide = wide_type(logits.dtype)
-    shape = tuple(targets.shape)
-    return (
-        _new(logits, (n_seqs,), torch.float64 if double_sums else wide),
-        _new(logits, shape, wide),
-        _new(logits, (*shape, 2), wide),
-        _new(logits, _seq_saved_shape(logits, n_seqs), torch.float64),
-    )
-
-
-def _sequence_forward_fake(
-    logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *rest: Any
+    average: bool,
+    *rest: Any,
+    keep: bool = True,
 ) -> tuple[Tensor, ...]:
-    return sequence_outputs(logits, targets, cu_seqlens, token_weights, rest[4])
+    """Checks what sequence_forward is given; room for what it returns."""
+    return tuple(_sequence_room(logits, targets, cu_seqlens, token_weights, rest[4]).make(keep))
 
 
 def _sequence_forward(
@@ -441,22 +506,24 @@ def _sequence_forward(
     token_weights: Tensor | None,
     average: bool,
     *options: Any,
+    keep: bool = True,
 ) -> tuple[Tensor, ...]:
-    double_sums = options[4]
-    out = seq_logps, logps, stats, _ = sequence_outputs(logits, targets, cu_seqlens, token_weights, double_sums)
+    out = sequence_outputs(logits, targets, cu_seqlens, token_weights, average, *options, keep=keep)
+    seq_logps, logps, stats, _ = out
     call = Call(logits.dtype)
     _cpu.sequence_forward(
-        call.rows(logits, targets, None, token_weights, LogitOptions(*options[:4])),
+        call.rows(logits, targets, None, token_weights, options[:4]),
         (call.integers(cu_seqlens), seq_logps.shape[0], average),
         torch.get_num_threads(),
         logps.data_ptr(),
         stats.data_ptr(),
         seq_logps.data_ptr(),
-        double_sums,
+        options[4],
     )
     return out
 
 
+@by_metadata
 def _check_sequence_backward(
     logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, average: bool, *rest: Any
 ) -> None:
@@ -483,7 +550,7 @@ def _sequence_backward_into(
     seq_saved: Tensor | None = None,
 ) -> None:
     call = Call(logits.dtype)
-    options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
+    options = (ignore_index, temperature, logit_scale, softcap)
     call.backward(
         grad,
         call.rows(logits, targets, None, token_weights, options),
@@ -497,9 +564,35 @@ def _sequence_backward_into(
 # --- the preference loss from logits ----------------------------------------------------------------------------------
 
 
-def _loss_outputs(like: Tensor, wide: torch.dtype, n_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss = _new(like, (), wide)
-    return loss, _new(like, (n_pairs,), wide), _new(like, (n_pairs,), wide), _new(like, (n_pairs,), wide)
+@by_metadata
+def _dpo_room(
+    logits: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    pairs: Tensor | None,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+    *want: bool,
+) -> Room:
+    *seqs, seq_saved = _sequence_room(logits, targets, cu_seqlens, token_weights, False).tensors
+    n_pairs = check_pairs(logits, seqs[0][0][0], pairs, ref_logps, pair_weights, baseline)
+    wide = wide_type(logits.dtype)
+    extras = [
+        (tuple(targets.shape) if wanted else (0,), dtype)
+        for dtype, wanted in zip((wide, wide, torch.bool), want, strict=True)
+    ]
+    return Room(
+        logits,
+        ((), wide),
+        *[((n_pairs,), wide)] * 3,
+        *seqs,
+        ((n_pairs, 2), torch.float64),
+        *extras,
+        seq_saved,
+        for_backward=(6, 7),
+    )
 
 
 def dpo_outputs(
@@ -513,21 +606,16 @@ def dpo_outputs(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *rest: Any,
+    keep: bool = True,
 ) -> tuple[Tensor, ...]:
     """Checks what dpo_forward is given; room for what it returns."""
-    *seqs, seq_saved = sequence_outputs(logits, targets, cu_seqlens, token_weights)
-    n_pairs = check_pairs(logits, seqs[0].shape[0], pairs, ref_logps, pair_weights, baseline)
-    wide = wide_type(logits.dtype)
-    extras = [
-        _new(logits, tuple(targets.shape) if wanted else (0,), torch.bool if i == 2 else wide)
-        for i, wanted in enumerate(rest[-3:])
-    ]
-    return (*_loss_outputs(logits, wide, n_pairs), *seqs, _new(logits, (n_pairs, 2), torch.float64), *extras, seq_saved)
+    args = (logits, targets, ref_logps, cu_seqlens, token_weights, pairs, pair_weights, baseline)
+    return tuple(_dpo_room(*args, *rest[-3:]).make(keep))
 
 
-def split_loss_arguments(rest: tuple[Any, ...]) -> tuple[LogitOptions, tuple[Any, ...], tuple[bool, ...]]:
-    """What follows the tensors of dpo_forward: options of the logits, the loss and its divisor, wpo and statistics."""
-    return LogitOptions(*rest[:4]), rest[4 : 5 + N_LOSS], rest[5 + N_LOSS :]
+def split_loss_arguments(rest: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], float, tuple[bool, ...]]:
+    """What follows the tensors of dpo_forward: options of the logits, the loss, its divisor, wpo and statistics."""
+    return rest[:4], rest[4 : 4 + N_LOSS], rest[4 + N_LOSS], rest[5 + N_LOSS :]
 
 
 def _dpo_forward(
@@ -541,26 +629,27 @@ def _dpo_forward(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *rest: Any,
+    keep: bool = True,
 ) -> tuple[Tensor, ...]:
     out = dpo_outputs(
-        logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *rest
+        logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *rest, keep=keep
     )
     loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads, *extras, _ = out
-    options, (*loss_options, divisor), (wpo, *want) = split_loss_arguments(rest)
+    options, loss_options, divisor, (wpo, *_) = split_loss_arguments(rest)
     log_sum_sq_probs = torch.empty_like(logps) if wpo else None
     call = Call(logits.dtype)
     _cpu.dpo_forward(  # type: ignore[call-arg]
         call.rows(logits, targets, None, token_weights, options),
         (call.integers(cu_seqlens), seq_logps.shape[0], average),
         call.pairs(losses.shape[0], pairs, divisor, pair_weights, baseline),
-        tuple(loss_options),
+        loss_options,
         torch.get_num_threads(),
         wpo,
         rounds_sums(logits, ref_logps),
-        call.doubles(ref_logps),
+        *call.reference(ref_logps),
         logps.data_ptr(),
         stats.data_ptr(),
-        *[extra.data_ptr() if wanted else 0 for extra, wanted in zip(extras, want, strict=True)],
+        *[extra.data_ptr() for extra in extras],  # 0 where not wanted
         0 if log_sum_sq_probs is None else log_sum_sq_probs.data_ptr(),
         seq_logps.data_ptr(),
         loss.data_ptr(),
@@ -572,6 +661,7 @@ def _dpo_forward(
     return out
 
 
+@by_metadata
 def _check_dpo_backward(
     logits: Tensor,
     targets: Tensor,
@@ -614,7 +704,7 @@ def _dpo_backward_into(
     n_seqs = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n_pairs = pair_grads.shape[0]
     call = Call(logits.dtype)
-    options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
+    options = (ignore_index, temperature, logit_scale, softcap)
     call.backward(
         grad,
         call.rows(logits, targets, None, token_weights, options),
@@ -646,6 +736,25 @@ def _check_logps(logps: Tensor) -> None:
         raise ValueError(f"logps must have shape [S], found {tuple(logps.shape)}")
 
 
+@by_metadata
+def _preference_room(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    pairs: Tensor | None,
+    pair_weights: Tensor | None,
+    baseline: Tensor | None,
+) -> Room:
+    _check_logps(logps)
+    n_pairs = check_pairs(logps, logps.shape[0], pairs, ref_logps, pair_weights, baseline)
+    if lengths is not None:
+        _check_real("lengths", lengths)
+        check_device("lengths", lengths, logps, "logps")
+        check_shape("lengths", lengths.shape, logps.shape, "with one number per sequence")
+    tensors = (((), logps.dtype), *[((n_pairs,), logps.dtype)] * 3, ((n_pairs, 2), torch.float64))
+    return Room(logps, *tensors, for_backward=(4,))
+
+
 def preference_outputs(
     logps: Tensor,
     ref_logps: Tensor | None,
@@ -654,15 +763,10 @@ def preference_outputs(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *_: Any,
+    keep: bool = True,
 ) -> tuple[Tensor, ...]:
     """Checks what preference_forward is given; room for what it returns."""
-    _check_logps(logps)
-    n_pairs = check_pairs(logps, logps.shape[0], pairs, ref_logps, pair_weights, baseline)
-    if lengths is not None:
-        _check_real("lengths", lengths)
-        check_device("lengths", lengths, logps, "logps")
-        check_shape("lengths", lengths.shape, logps.shape, "with one number per sequence")
-    return (*_loss_outputs(logps, logps.dtype, n_pairs), _new(logps, (n_pairs, 2), torch.float64))
+    return tuple(_preference_room(logps, ref_logps, lengths, pairs, pair_weights, baseline).make(keep))
 
 
 def _preference_forward(
@@ -673,8 +777,9 @@ def _preference_forward(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *rest: Any,
+    keep: bool = True,
 ) -> tuple[Tensor, ...]:
-    out = preference_outputs(logps, ref_logps, lengths, pairs, pair_weights, baseline)
+    out = preference_outputs(logps, ref_logps, lengths, pairs, pair_weights, baseline, keep=keep)
     *loss_options, divisor = rest
     call = Call(logps.dtype)
     _cpu.preference_forward(
@@ -683,11 +788,21 @@ def _preference_forward(
         logps.dtype is torch.float64,
         logps.shape[0],
         call.floats(logps),
-        call.doubles(ref_logps),
+        *call.reference(ref_logps),
         call.doubles(lengths),
         *[t.data_ptr() for t in out],
     )
     return out
+
+
+@by_metadata
+def _check_preference_backward(
+    logps: Tensor, pairs: Tensor | None, pair_grads: Tensor, grad_loss: Tensor | None, grad_losses: Tensor | None
+) -> None:
+    _check_logps(logps)
+    n_pairs = check_pairs(logps, logps.shape[0], pairs)
+    check_device("pair_grads", pair_grads, logps, "logps")
+    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
 
 
 def preference_backward_output(
@@ -699,10 +814,7 @@ def preference_backward_output(
     grad_losses: Tensor | None,
 ) -> Tensor:
     """Checks what preference_backward is given; room for what it returns."""
-    _check_logps(logps)
-    n_pairs = check_pairs(logps, logps.shape[0], pairs)
-    check_device("pair_grads", pair_grads, logps, "logps")
-    _check_pair_grads(n_pairs, pair_grads, grad_loss, grad_losses)
+    _check_preference_backward(logps, pairs, pair_grads, grad_loss, grad_losses)
     return torch.empty_like(logps, memory_format=torch.contiguous_format)
 
 
@@ -731,13 +843,13 @@ def _preference_backward(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_define("token_forward", SCHEMAS["token_forward"], _token_forward, fallback.token_forward, _token_forward_fake)
+_define("token_forward", SCHEMAS["token_forward"], _token_forward, fallback.token_forward, token_outputs)
 _define(
     "sequence_forward",
     SCHEMAS["sequence_forward"],
     _sequence_forward,
     fallback.sequence_forward,
-    _sequence_forward_fake,
+    sequence_outputs,
 )
 _define("dpo_forward", SCHEMAS["dpo_forward"], _dpo_forward, fallback.dpo_forward, dpo_outputs)
 _define(

@@ -24,24 +24,8 @@ def step(x: torch.Tensor, targets: torch.Tensor, softcap: float, inplace: bool) 
     def new(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    layout = _checks.row_layout(x.shape, x.stride())
-    rows = (
-        *(LOGIT_TYPES[x.dtype], x.data_ptr(), layout.seq_stride, layout.row_stride, layout.vocab_stride),
-        *(
-            layout.n_seqs,
-            layout.rows_per_seq,
-            layout.vocab,
-            targets.data_ptr(),
-            1,
-            0,
-            0,
-            -100,
-            1.0,
-            1.0,
-            softcap,
-            False,
-        ),
-    )
+    head = _checks.rows_head(LOGIT_TYPES[x.dtype], x.shape, x.stride(), 1, (-100, 1.0, 1.0, softcap))
+    rows = (*head, x.data_ptr(), targets.data_ptr(), 0, 0, False)
     seqs, pairs = (0, S, False, True), (0, S // 2, 0, 0, 0.0)
     scratch = new(max(_cuda.forward_scratch_bytes(rows), 8 * S), dtype=torch.uint8)
     logps, stats, entropy, mean, squares = new(S, T), new(S, T, 2), new(S, T), new(S, T), new(S, T)

@@ -158,8 +158,10 @@ void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const Token
     // without a largest logit (all -inf, which a soft-cap makes finite) the first one counts
     if (out.is_top1) out.is_top1[i] = (total.argmax < 0 ? 0 : total.argmax) == rows.targets[i] && total.sum > 0;
   }
-  store_float(out.stats, 2 * row, total.shift, rows.wide);
-  store_float(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
+  if (out.stats) {
+    store_float(out.stats, 2 * row, total.shift, rows.wide);
+    store_float(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
+  }
   if (out.entropy) store_float(out.entropy, row, row_entropy(total), rows.wide);
   if (out.mean_logits) store_float(out.mean_logits, row, total.sum_z / rows.vocab, rows.wide);
   if (out.log_sum_sq_probs) store_float(out.log_sum_sq_probs, row, row_log_sum_sq_probs(total), rows.wide);
@@ -170,8 +172,10 @@ void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out) {
     store_float(out.logps, i, 0, rows.wide);
     if (out.is_top1) out.is_top1[i] = 0;
   }
-  store_float(out.stats, 2 * row, 0, rows.wide);
-  store_float(out.stats, 2 * row + 1, 0, rows.wide);
+  if (out.stats) {
+    store_float(out.stats, 2 * row, 0, rows.wide);
+    store_float(out.stats, 2 * row + 1, 0, rows.wide);
+  }
   if (out.entropy) store_float(out.entropy, row, 0, rows.wide);
   if (out.mean_logits) store_float(out.mean_logits, row, 0, rows.wide);
   if (out.log_sum_sq_probs) store_float(out.log_sum_sq_probs, row, 0, rows.wide);

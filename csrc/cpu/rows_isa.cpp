@@ -69,6 +69,17 @@ DPO_FAST_INLINE void prefetch_turn(const typename Io::Storage* x) {
   }
 }
 
+// From values + n on: zeros and then n ones, as forward_turn's `inside`.
+template <class Io>
+struct Last {
+  typename Io::Storage values[2 * kTurn<Io>];
+  constexpr Last() : values() {
+    for (int64_t i = kTurn<Io>; i < 2 * kTurn<Io>; ++i) values[i] = Io::kOne;
+  }
+};
+template <class Io>
+constexpr Last<Io> kLast;
+
 // Adds one turn of kUnroll vectors. In the row's last turn (kTail) only the lanes that `inside` marks count.
 template <class Io, TransformKind kKind, bool kExtras, bool kTail>
 DPO_FAST_INLINE void forward_turn(const typename Io::Storage* x, const typename Io::Storage* inside,
@@ -115,13 +126,14 @@ RowPart forward_block(const typename Io::Storage* x, int64_t n, double shift, co
     prefetch_turn<Io>(x + i);
     forward_turn<Io, kKind, kExtras, false>(x + i, nullptr, vector_shift, c, s);
   }
-  if (i < n) {
-    typename Io::Storage padded[kTurn<Io>], inside[kTurn<Io>];
-    for (int64_t j = 0; j < kTurn<Io>; ++j) {
-      padded[j] = j < n - i ? x[i + j] : x[i];  // a logit of the row leaves the maximum as it is
-      inside[j] = j < n - i ? Io::kOne : 0;
-    }
-    forward_turn<Io, kKind, kExtras, true>(padded, inside, vector_shift, c, s);
+  // The last turn also reads logits that were counted, which leave the maximum as it is.
+  if (i < n && n >= kTurn<Io>) {
+    forward_turn<Io, kKind, kExtras, true>(x + n - kTurn<Io>, kLast<Io>.values + (n - i), vector_shift, c, s);
+  } else if (i < n) {
+    typename Io::Storage padded[kTurn<Io>];
+    for (auto& p : padded) p = x[0];
+    memcpy(padded + kTurn<Io> - n, x, n * sizeof(*x));
+    forward_turn<Io, kKind, kExtras, true>(padded, kLast<Io>.values + n, vector_shift, c, s);
   }
   RowPart part = empty_part();
   part.shift = shift;
@@ -133,6 +145,25 @@ RowPart forward_block(const typename Io::Storage* x, int64_t n, double shift, co
     part.sum_z = kMeanScale * horizontal_sum((s.sum_z[0] + s.sum_z[1]) + (s.sum_z[2] + s.sum_z[3]));
   }
   return part;
+}
+
+// The largest of n contiguous logits, NaNs passed over.
+template <class Io>
+double largest(const typename Io::Storage* x, int64_t n) {
+  using V = typename Io::Vec;
+  typename Io::Storage padded[Io::kElements];
+  if (n < Io::kElements) {
+    for (auto& p : padded) p = x[0];
+    memcpy(padded, x, n * sizeof(*x));
+    x = padded;
+    n = Io::kElements;
+  }
+  V top = splat<V>(-INFINITY), v[Io::kVectors];
+  for (int64_t i = 0; i < n; i += Io::kElements) {
+    Io::load(i + Io::kElements <= n ? x + i : x + n - Io::kElements, v);
+    for (int k = 0; k < Io::kVectors; ++k) top = maximum(v[k], top);
+  }
+  return horizontal_max(top);
 }
 
 // A logit as a raw number, and in the shift domain by the same arithmetic as the vectors.
@@ -171,7 +202,7 @@ RowPart forward(const void* logits, int64_t stride, int64_t n, const LogitTransf
   using V = typename Io::Vec;
   const Storage* x = (const Storage*)logits;
   const Consts<V> c(transform);
-  const double unit = unit_scale(transform);
+  const double unit = kKind == kPlain ? 1 : unit_scale(transform);
   RowPart total = empty_part();
   Storage packed[kBlockLogits];
   for (int64_t start = 0; start < n; start += kBlockLogits) {
@@ -183,7 +214,7 @@ RowPart forward(const void* logits, int64_t stride, int64_t n, const LogitTransf
     }
     if (total.shift == -INFINITY) {  // a first guess, from a few logits
       const int64_t few = size < 256 ? size : 256;
-      total.shift = forward_block<Io, kPlain, false>(block, few, 0, c).max;
+      total.shift = largest<Io>(block, few);
       if constexpr (kKind == kCapped) total.shift = shift_domain<kKind>(splat<V>(total.shift), c)[0];
     }
     RowPart part = forward_block<Io, kKind, kExtras>(block, size, total.shift, c);

@@ -138,18 +138,23 @@ DPO_FAST_INLINE VecD zero_below(VecD v, VecD d, VecD low) {
 #endif
 }
 
+// Over the lanes, by halves: a chain of kLanes additions would take longer than a small row.
 template <class V>
 DPO_FAST_INLINE typename VecTraits<V>::Scalar horizontal_sum(V v) {
-  typename VecTraits<V>::Scalar s = 0;
-  for (int i = 0; i < VecTraits<V>::kLanes; ++i) s += v[i];
-  return s;
+  typename VecTraits<V>::Scalar s[VecTraits<V>::kLanes];
+  memcpy(s, &v, sizeof v);
+  for (int half = VecTraits<V>::kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) s[i] += s[i + half];
+  return s[0];
 }
 
 template <class V>
 DPO_FAST_INLINE typename VecTraits<V>::Scalar horizontal_max(V v) {
-  typename VecTraits<V>::Scalar m = v[0];
-  for (int i = 1; i < VecTraits<V>::kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  typename VecTraits<V>::Scalar m[VecTraits<V>::kLanes];
+  memcpy(m, &v, sizeof v);
+  for (int half = VecTraits<V>::kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) m[i] = m[i + half] > m[i] ? m[i + half] : m[i];
+  return m[0];
 }
 
 // Polynomials by Horner's rule, highest coefficient first.

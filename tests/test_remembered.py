@@ -1,0 +1,149 @@
+"""What eager calls remember from one to the next (checks, shapes of results), and what they leave out without gradients."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dpo_fast
+from dpo_fast import ops
+
+S, T, V = 4, 5, 37
+
+
+def tensors(t=T, dtype=torch.float32):
+    x = torch.randn(S, t, V, dtype=torch.float64).mul(3).to(dtype)
+    targets = torch.randint(0, V, (S, t))
+    targets[1, : t // 2] = -100
+    return x, targets, torch.randn(S)
+
+
+FUNCTIONS = {
+    "token": lambda x, y, ref: dpo_fast.token_logps(x, y, outputs=("logps", "entropy")),
+    "sequence": lambda x, y, ref: (dpo_fast.sequence_logps(x, y, average=True),),
+    "dpo": lambda x, y, ref: dpo_fast.dpo_loss(x, y, ref, loss_type=["sigmoid", "sft"]),
+    "dpo with statistics": lambda x, y, ref: dpo_fast.dpo_loss(x, y, ref, outputs=["logps", "is_top1"], wpo=True),
+    "ref_logits": lambda x, y, ref: dpo_fast.dpo_loss(x, y, ref_logits=x.detach().flip(-1)),
+    "preference": lambda x, y, ref: dpo_fast.preference_loss(x.sum((1, 2)), ref),
+}
+
+
+def flat(out):
+    for item in out:
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, (tuple, list)):
+            yield from flat(item)
+        elif isinstance(item, dict):
+            yield from flat(item.values())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_gradients_the_same_bits(name, dtype):
+    x, targets, ref = tensors(dtype=dtype)
+    with_grad = list(flat(FUNCTIONS[name](x.clone().requires_grad_(), targets, ref)))
+    assert any(t.requires_grad for t in with_grad)
+    plain = list(flat(FUNCTIONS[name](x, targets, ref)))
+    with torch.no_grad():
+        without = list(flat(FUNCTIONS[name](x.clone().requires_grad_(), targets, ref)))
+    assert len(with_grad) == len(plain) == len(without) > 0
+    for a, b, c in zip(with_grad, plain, without, strict=True):
+        assert not b.requires_grad
+        assert not c.requires_grad
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_inference_mode_first(name):
+    """What inference mode leaves behind must not stop a later backward: autograd cannot save its tensors."""
+    x, targets, ref = tensors(t=11 + list(FUNCTIONS).index(name))  # shapes that no other test remembers
+    with torch.inference_mode():
+        first = FUNCTIONS[name](x, targets, ref)[0]
+    leaf = x.clone().requires_grad_()
+    out = FUNCTIONS[name](leaf, targets, ref)[0]
+    assert torch.equal(out, first)
+    assert not out.is_inference()
+    out.sum().backward()
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_a_remembered_call_is_still_checked():
+    x, targets, ref = tensors()
+    for _ in range(2):
+        dpo_fast.dpo_loss(x, targets, ref)
+    wrong = targets.clone()
+    wrong[2, 3] = V
+    with pytest.raises(IndexError, match="target 37 at position"):
+        dpo_fast.dpo_loss(x, wrong, ref)
+    with pytest.raises(ValueError, match="targets must have shape"):
+        dpo_fast.dpo_loss(x, targets[:, 1:], ref)
+    with pytest.raises(ValueError, match="ref_logps must have shape"):
+        dpo_fast.dpo_loss(x, targets, ref[1:])
+    with pytest.raises(TypeError, match="targets must be integers"):
+        dpo_fast.dpo_loss(x, targets.double(), ref)
+    expanded = torch.zeros(1, T, V).expand(S, T, V)
+    for _ in range(2):  # an error is not remembered as a success
+        with pytest.raises(ValueError, match="do not share memory"):
+            dpo_fast.dpo_loss(expanded.requires_grad_(), targets, ref, inplace_backward=True).loss.backward()
+
+
+def test_results_of_two_calls_are_apart():
+    x, targets, ref = tensors()
+    first, second = (dpo_fast.dpo_loss(x, targets, ref, outputs=["logps", "entropy"]) for _ in range(2))
+    pointers = [t.data_ptr() for out in (first, second) for t in flat(out) if t.numel()]
+    assert len(set(pointers)) == len(pointers)
+    kept = second.losses.clone()
+    first.losses.zero_()
+    assert torch.equal(second.losses, kept)
+
+
+def test_by_metadata():
+    calls = []
+
+    @ops.by_metadata
+    def function(a, b, flag):
+        calls.append(a)
+        return a.shape
+
+    a, b = torch.zeros(3, 4), torch.zeros(2)
+    for _ in range(3):
+        assert function(a, b, True) == (3, 4)
+        assert function(torch.nn.Parameter(a), None, True) == (3, 4)
+    assert len(calls) == 2
+    # whatever metadata can say makes another call
+    others = [(a.t(), b, True), (a.double(), b, True), (a, b, False), (a, b[:1], True), (a[:, ::2], b, True)]
+    for n, args in enumerate(others):
+        function(*args)
+        function(*args)
+        assert len(calls) == 3 + n
+    with FakeTensorMode():
+        fake = torch.zeros(3, 4)
+        for n in range(2):
+            function(fake, None, True)
+            assert calls[-1] is fake
+            assert len(calls) == 8 + n
+    for n in range(1000):  # and it does not grow without end
+        function(torch.zeros(n, 0), None, True)
+    memo = next(c.cell_contents for c in function.__closure__ if isinstance(c.cell_contents, dict))
+    assert 0 < len(memo) <= 256
+
+
+def test_many_threads_with_many_shapes():
+    cases = [tensors(t=1 + n % 40) for n in range(200)]
+
+    def loss(case):
+        x, targets, ref = case
+        leaf = x.clone().requires_grad_()
+        out = dpo_fast.dpo_loss(leaf, targets, ref)
+        out.loss.backward()
+        return out.losses.detach(), leaf.grad
+
+    expected = [loss(case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        for found, wanted in zip(pool.map(loss, cases), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
