@@ -23,6 +23,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
     }
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 # No contraction, no fast-math: the kernels say themselves where a fused multiply-add stands. -fno-math-errno and
 # -fno-trapping-math change no result.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo_fast import _checks
+
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "build/ptxas.txt"
 NVCC = shutil.which("nvcc")
@@ -109,14 +111,16 @@ def test_no_kernel_spills_or_has_local_memory(cuda):
     assert [k for k in kernels if any(int(n) for n in k[2:])] == []
 
 
-ROWS = (0, 0, 0, 5, 1, 1, 3, 5, 0, 1, 0, 0, -100, 1.0, 1.0, 0.0, False)
+OPTIONS = (-100, 1.0, 1.0, 0.0)
+HEAD = _checks.rows_head(0, (3, 5), (5, 1), 1, OPTIONS)
+ROWS = (*HEAD, 0, 0, 0, 0, False)
 PAIRS = (0, 1, 0, 0, 0.0)
 LOSS = ((0,), (1.0,), 0.1, 0.0, 0.05, 0.5, 0, 0.5, 1.0, 1.0, 0.0, False)
 
 
 def rows_on_the_host() -> tuple[tuple[object, ...], list[np.ndarray]]:
     x, targets = np.zeros((3, 5), np.float32), np.zeros(3, np.int64)
-    return (0, x.ctypes.data, 0, 5, 1, 1, 3, 5, targets.ctypes.data, *ROWS[9:]), [x, targets]
+    return (*HEAD, x.ctypes.data, targets.ctypes.data, 0, 0, False), [x, targets]
 
 
 def test_null_pointers_are_refused(cuda):
@@ -135,7 +139,8 @@ def test_null_pointers_are_refused(cuda):
     for call in calls:
         with pytest.raises(ValueError, match="has no memory"):
             call()
-    many = (*rows[:5], 1, 3, 40000, *rows[8:])  # cut into pieces, for whose sums there must be room
+    # cut into pieces, for whose sums there must be room
+    many = (*_checks.rows_head(0, (3, 40000), (40000, 1), 1, OPTIONS), *rows[len(HEAD) :])
     assert cuda.forward_scratch_bytes(rows) == 0
     assert cuda.forward_scratch_bytes(many) > 0
     with pytest.raises(ValueError, match="scratch has no memory"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dpo_fast
-from dpo_fast import _cpu, cli
+from dpo_fast import _checks, _cpu, cli
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def test_only_the_functions_of_wider_sets_use_wider_instructions():
         if line.endswith(">:"):
             function = line
         elif re.search(r"\t(v[a-z]\w+|k(mov|ortest|and|or|xor|not)[bwdq]) ", line):
-            wide["::avx2::" in function or "::avx512::" in function].add(function)
+            wide["::avx2::" in function or "::avx512" in function].add(function)
     assert wide[True]  # the names are there to be read
     assert not wide[False]
 
@@ -161,11 +161,12 @@ def test_calls_from_several_python_threads():
 
 
 def test_null_pointers_are_refused():
-    rows = (0, 0, 0, 5, 1, 1, 3, 5, 0, 1, 0, 0, -100, 1.0, 1.0, 0.0)
+    head = _checks.rows_head(0, (3, 5), (5, 1), 1, (-100, 1.0, 1.0, 0.0))
+    rows = (*head, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="no memory"):
         _cpu.token_forward(rows, 1, 0, 0, 0, 0, 0, 0)
     x, targets = np.zeros((3, 5), np.float32), np.zeros(3, np.int64)
-    rows = (0, x.ctypes.data, 0, 5, 1, 1, 3, 5, targets.ctypes.data, 1, 0, 0, -100, 1.0, 1.0, 0.0)
+    rows = (*head, x.ctypes.data, targets.ctypes.data, 0, 0)
     with pytest.raises(ValueError, match="no memory"):
         _cpu.token_forward(rows, 1, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="no memory"):

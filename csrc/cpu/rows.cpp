@@ -15,6 +15,9 @@
 namespace dpo_fast {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const RowKernels kKernels;
+}
 namespace avx512 {
 extern const RowKernels kKernels;
 }
@@ -29,7 +32,7 @@ extern const RowKernels kKernels;
 const RowKernels* compiled_kernels(int i) {
   static const RowKernels* const list[] = {
 #if defined(__x86_64__)
-      &avx512::kKernels, &avx2::kKernels,
+      &avx512_bf16::kKernels, &avx512::kKernels, &avx2::kKernels,
 #endif
       &portable::kKernels, nullptr};
   return list[i];
@@ -38,9 +41,11 @@ const RowKernels* compiled_kernels(int i) {
 bool processor_supports(const RowKernels* kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (kernels == &avx512::kKernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("fma");
+  if (kernels == &avx512_bf16::kKernels) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (kernels == &avx512::kKernels) return avx512;
   if (kernels == &avx2::kKernels)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif

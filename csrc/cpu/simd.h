@@ -121,20 +121,20 @@ DPO_FAST_INLINE VecD maximum(VecD x, VecD y) {
 #endif
 }
 
-// v where d >= low or d is NaN, 0 where d < low.
-DPO_FAST_INLINE VecF zero_below(VecF v, VecF d, VecF low) {
+// p * 2^n where d >= low or d is NaN, 0 where d < low. y has the biased exponent of 2^n in its low bits.
+DPO_FAST_INLINE VecF scaled_or_zero(VecF p, VecF n, VecF y, VecF d, VecF low) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(d, low, _CMP_NLT_UQ), v);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(d, low, _CMP_NLT_UQ), p, n);
 #else
-  return (VecF)((VecI)v & ~(d < low));
+  return (VecF)((VecI)(p * (VecF)((VecU)y << 23)) & ~(d < low));
 #endif
 }
 
-DPO_FAST_INLINE VecD zero_below(VecD v, VecD d, VecD low) {
+DPO_FAST_INLINE VecD scaled_or_zero(VecD p, VecD n, VecD y, VecD d, VecD low) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(d, low, _CMP_NLT_UQ), v);
+  return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(d, low, _CMP_NLT_UQ), p, n);
 #else
-  return (VecD)((VecL)v & ~(d < low));
+  return (VecD)((VecL)(p * (VecD)((VecL)y << 52)) & ~(d < low));
 #endif
 }
 
@@ -197,8 +197,7 @@ DPO_FAST_INLINE VecF exponential(VecF d) {
     p = polynomial(r, splat<VecF>(0.00138145986466640345f), 0.00836871687972813995f, 0.0416683880453139967f,
                    0.166665206317094969f, 0.499999934477964868f, 1.0f, 1.0f);
   }
-  const VecF power = (VecF)((VecU)y << 23);
-  return zero_below(p * power, d, splat<VecF>(kExpLow<VecF>));
+  return scaled_or_zero(p, n, y, d, splat<VecF>(kExpLow<VecF>));
 }
 
 // The same in double precision (degree 12, 5.4e-20).
@@ -214,8 +213,7 @@ DPO_FAST_INLINE VecD exponential(VecD d) {
       polynomial(r, splat<VecD>(2.08266236276164033e-9), 2.51120367668376367e-8, 2.75575818593379412e-7,
                  2.75572348621610978e-6, 2.48015869266205751e-5, 1.98412698963835372e-4, 1.3888888889115634e-3,
                  8.33333333331703438e-3, 0.0416666666666660943, 0.166666666666666834, 0.500000000000000004, 1.0, 1.0);
-  const VecD power = (VecD)((VecL)y << 52);
-  return zero_below(p * power, d, splat<VecD>(kExpLow<VecD>));
+  return scaled_or_zero(p, n, y, d, splat<VecD>(kExpLow<VecD>));
 }
 
 // tanh(u): below 0.625 an odd polynomial (relative error 4.4e-9), which keeps small arguments exact; above it
@@ -280,9 +278,19 @@ struct BFloat16 {
     const VecU u = (VecU)v;
     return u + ((u >> 16) & 1) + 0x7fffu;
   }
+#if defined(__AVX512BF16__)
+  // The instruction gives the even elements' vector and then the odd ones'.
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) {
+    alignas(64) static const uint16_t kInTurn[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), halves));
+  }
+#else
   DPO_FAST_INLINE void store(Storage* p, const Vec* v) {
     store_vector(p, (round(v[0]) >> 16) | (round(v[1]) & 0xffff0000u));
   }
+#endif
 };
 
 struct Float16 {
