@@ -6,7 +6,7 @@ is made of hold the samples of all of them.
 
 from __future__ import annotations
 
-import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -110,11 +110,10 @@ def compare(
         fewest = 3 if recorder.quick else MIN_ROUNDS
         rounds = max(fewest, min(MAX_ROUNDS, int((1.0 if recorder.quick else seconds) / round_s)))
 
-        turn = itertools.count()
+        order = random.Random(1)
 
         def others() -> None:  # untimed by pytest-benchmark, in every round; nobody always follows the same one
-            k = next(turn) % max(1, len(candidates) - 1)
-            for candidate in [*candidates[1 + k :], *candidates[1 : 1 + k]]:
+            for candidate in order.sample(candidates[1:], len(candidates) - 1):
                 records[candidate.name].samples.append(time_once(candidate, pool, clock))
 
         def first() -> None:
