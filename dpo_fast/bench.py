@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -274,11 +275,12 @@ def no_garbage_collection() -> Iterator[None]:
 def interleave(
     candidates: Sequence[Candidate], pool: Pool, clock: Clock, rounds: int, tick: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Times every candidate once a round, so that what disturbs the machine disturbs all of them alike."""
+    """Times every candidate once a round, in any order: what disturbs the machine disturbs all of them alike."""
     samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    order = random.Random(1)
     with no_garbage_collection():
         for _ in range(rounds):
-            for candidate in candidates:
+            for candidate in order.sample(candidates, len(candidates)):
                 samples[candidate.name].append(time_once(candidate, pool, clock))
                 tick()
     return samples
