@@ -70,6 +70,7 @@ cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
     bint processor_supports(const RowKernels*)
     int64_t pieces_per_row(const Rows&)
     void finish_rows_setup(Rows&)
+    void advise_huge_pages(char*, int64_t)
     double load_float(const void*, int64_t, bint)
     void store_float(void*, int64_t, double, bint)
     int row_state(const Rows&, int64_t)
@@ -570,6 +571,11 @@ cdef TokenArrays make_arrays(
     out.is_top1 = <uint8_t*>is_top1
     out.log_sum_sq_probs = <void*>log_sum_sq_probs
     return out
+
+
+def expect_writes(uintptr_t address, int64_t n_bytes):
+    """Says that n_bytes of fresh memory will be written, all of them: large pieces may come in huge pages."""
+    advise_huge_pages(<char*>address, n_bytes)
 
 
 def token_forward(

@@ -111,6 +111,13 @@ def _define(
     implement(name, cpu, "CPU")
 
 
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """A tensor just made, all of which will be written: its memory may come from the system in huge pages."""
+    if tensor.is_cpu:
+        _cpu.expect_writes(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,21 +167,25 @@ def by_metadata(function: Callable[..., Any]) -> Callable[..., Any]:
     return remembering
 
 
+# The shapes of results that were not asked for.
+_NOTHING = ((0,), (0, 0))
+
+
 class Room:
     """What an operator returns, by shape and type: made anew for each call.
 
     `for_backward`: places of tensors that backward alone needs. Plain tensors are made like a single number that is
-    seen as a tensor of that shape, which takes half of the time; those without elements are not made anew.
+    seen as a tensor of that shape, which takes half of the time; those that stand for nothing are not made anew.
     """
 
     def __init__(
         self, like: Tensor, *tensors: tuple[tuple[int, ...], torch.dtype], for_backward: tuple[int, ...] = ()
     ) -> None:
         self.tensors, self.device = tensors, like.device
-        self.all: list[tuple[Tensor, bool]] = []  # and whether it has elements
+        self.all: list[tuple[Tensor, bool]] = []  # and whether it stands for something
         if like.__class__ in _PLAIN:
             with torch.inference_mode(False):  # they outlive this call, and autograd may save those without elements
-                self.all = [(self._new((), dtype).expand(shape), 0 not in shape) for shape, dtype in tensors]
+                self.all = [(self._new((), dtype).expand(shape), shape not in _NOTHING) for shape, dtype in tensors]
                 self.results = self.all.copy()
                 for i in for_backward:
                     self.results[i] = self._new((0,), tensors[i][1]), False
@@ -187,7 +198,7 @@ class Room:
         if not self.all:
             return [self._new(shape, dtype) for shape, dtype in self.tensors]
         patterns = self.all if keep else self.results
-        return [torch.empty_like(pattern) if elements else pattern for pattern, elements in patterns]
+        return [torch.empty_like(pattern) if anew else pattern for pattern, anew in patterns]
 
 
 def _check_real(name: str, tensor: Tensor) -> None:
@@ -885,7 +896,7 @@ def _define_backward(
 
     def fresh(into: Callable[..., None]) -> Callable[..., Tensor]:
         def implementation(logits: Tensor, *args: Any) -> Tensor:
-            grad = fake(logits, *args)
+            grad = in_huge_pages(fake(logits, *args))
             into(grad, logits, *args)
             return grad
 

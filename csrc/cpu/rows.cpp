@@ -11,6 +11,9 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace dpo_fast {
 
@@ -239,7 +242,8 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
   for (const auto& t : terms) put(t);
 }
 
-// Logits larger than this are no longer in a cache when backward comes to them.
+// Logits larger than this are no longer in a cache when backward comes to them; memory of this size comes fresh from
+// the system, since the C library keeps no piece so large for the next call.
 static constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 // Zeros past the caches: an ordinary store would first read the line that it overwrites.
@@ -253,6 +257,17 @@ static void stream_zeros(char* x, int64_t bytes) {
   _mm_sfence();  // streaming stores are not ordered before what another thread is told by ordinary ones
 #else
   memset(x, 0, bytes);
+#endif
+}
+
+void advise_huge_pages(char* x, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(x) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(x) + bytes) / kHugePage * kHugePage;
+  if (bytes > kStreamBytes) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // a wish: may fail
+#else
+  (void)x, (void)bytes;
 #endif
 }
 

@@ -105,4 +105,7 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
                     const GradTensor& out);
 void zero_piece(const Rows& rows, int64_t row, int64_t piece, const GradTensor& out);
 
+// Before the first write to fresh memory, if it is large: its pages may come 2 MiB at a time (Linux).
+void advise_huge_pages(char* x, int64_t bytes);
+
 }  // namespace dpo_fast
