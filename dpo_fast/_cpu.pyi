@@ -10,6 +10,7 @@ def set_isa(name: str | None) -> None: ...
 def isa() -> str: ...
 def exp_float(x: int, y: int, n: int, half: bool) -> None: ...
 def exp_double(x: int, y: int, n: int) -> None: ...
+def expect_writes(address: int, n_bytes: int) -> None: ...
 def token_forward(
     rows: _Tuple,
     threads: int,
@@ -33,6 +34,7 @@ def dpo_forward(
     wpo: bool,
     float_sums: bool,
     ref_logps: int,
+    ref_double: bool,
     logps: int,
     stats: int,
     entropy: int,
@@ -72,6 +74,7 @@ def preference_forward(
     n_seqs: int,
     logps: int,
     ref_logps: int,
+    ref_double: bool,
     lengths: int,
     loss: int,
     losses: int,
