@@ -11,10 +11,14 @@ from torch import Tensor
 
 
 class _Refuse(torch.autograd.Function):
-    """Hands gradients through and raises when they are differentiated."""
+    """Hands gradients through and raises when they are differentiated.
+
+    `sources`, which the gradients were made from, connect them with what these depend on: without such a path a second
+    derivative would pass them by and come out as zero.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, grads: list[Tensor], *sources: Tensor) -> tuple[Tensor, ...]:
         return tuple(grad.view_as(grad) for grad in grads)
 
     @staticmethod
@@ -32,12 +36,15 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
     def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        compiling = torch.compiler.is_compiling()
+        tensors = () if compiling else (*ctx.saved_tensors, *grads)
+        sources = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         with torch.no_grad():
             out = backward(ctx, *grads)
-        if torch.compiler.is_compiling():
+        if compiling:
             return out
-        made = [grad.detach().requires_grad_() for grad in out if grad is not None]
-        refusing = iter(_Refuse.apply(*made)) if made else iter(())
+        made = [grad.detach() for grad in out if grad is not None]
+        refusing = iter(_Refuse.apply(made, *sources)) if made else iter(())
         return tuple(None if grad is None else next(refusing) for grad in out)
 
     return wrapper

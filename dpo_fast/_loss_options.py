@@ -211,7 +211,7 @@ def _check_average(average: bool | None, types: Sequence[Any], each: Sequence[in
     sums = [t for t, flags in zip(types, each, strict=True) if flags & LossFlags.SUMS]
     if averages and sums:
         raise ValueError(f"{_listed(averages)} need average=True, {_listed(sums)} need average=False")
-    if averages and average is False:
+    if averages and average is not None and not average:
         raise ValueError(f"{_listed(averages)} are defined on averages over tokens: average must be True")
     if sums and average:
         raise ValueError(f"{_listed(sums)} are defined on sums over tokens: average must be False")

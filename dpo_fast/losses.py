@@ -30,7 +30,7 @@ from dpo_fast._loss_options import (
     choose_loss,
     remembered_loss,
 )
-from dpo_fast._sequences import kept_rows, ld_dpo_weights, sum_by_sequence
+from dpo_fast._sequences import kept_rows, ld_dpo_weights, spread_to_rows, sum_by_sequence
 from dpo_fast.logps import check_no_grad
 from dpo_fast.outputs import DPOOutput, TokenOutput
 
@@ -180,9 +180,15 @@ def token_weights_of(
         return token_weights
     loss.check_completions(ld_alpha=True)
     weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-    if ld_alpha == 0 and looks_at_all:
-        weights = weights.clamp(min=TINY_WEIGHT)
-    return weights if token_weights is None else weights * token_weights
+    given: Tensor | float = 1.0 if token_weights is None else token_weights
+    if ld_alpha or not looks_at_all:
+        return weights * given
+    visible = weights.clamp(min=TINY_WEIGHT) * given
+    if not loss.options.average:
+        return visible
+    # an average over nothing but tiny weights would be one of these tokens, and no longer 0
+    total = sum_by_sequence(weights * given, cu_seqlens)
+    return torch.where(spread_to_rows(total, cu_seqlens, weights.shape) == 0, torch.zeros_like(visible), visible)
 
 
 def replaced(out: DPOOutput, **changes: Any) -> DPOOutput:

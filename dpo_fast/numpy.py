@@ -56,6 +56,23 @@ def _strides(array: Array) -> tuple[int, ...]:
     return tuple(stride // array.itemsize for stride in array.strides)
 
 
+def _some(values: Array, cu_seqlens: ArrayLike | None) -> Array:
+    """Whether a sequence has anything but zeros, [S]."""
+    if cu_seqlens is None:
+        some: Array = np.any(values != 0, axis=-1)
+    else:
+        before = np.concatenate([[0], np.cumsum(values.reshape(-1) != 0)])
+        some = np.diff(before[np.asarray(cu_seqlens)]) > 0
+    return some
+
+
+def _by_token(values: Array, cu_seqlens: ArrayLike | None, shape: tuple[int, ...]) -> Array:
+    """One value per sequence -> one per token."""
+    if cu_seqlens is None:
+        return np.broadcast_to(values[:, None], shape)
+    return np.repeat(values, np.diff(np.asarray(cu_seqlens))).reshape(shape)
+
+
 def _integers(name: str, values: ArrayLike) -> Array:
     array = np.asarray(values)
     if not array.size:  # an empty list has no type of its own
@@ -497,13 +514,16 @@ def dpo_loss(
     if ld_alpha is not None:
         loss.check_completions(ld_alpha=True)
         weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-        if ld_alpha == 0 and wpo:
-            weights = np.maximum(weights, TINY_WEIGHT)
+        given: Array | float = 1.0
         if token_weights is not None:
             given = _floats("token_weights", token_weights, np.float64)
             check_shape("token_weights", given.shape, weights.shape, "as targets have")
-            weights = weights * given
-        token_weights = weights
+        token_weights = weights * given
+        if ld_alpha == 0 and wpo:
+            visible = np.maximum(weights, TINY_WEIGHT) * given
+            # an average over nothing but tiny weights would be one of these tokens, and no longer 0
+            keep = _by_token(_some(token_weights, cu_seqlens), cu_seqlens, visible.shape)
+            token_weights = np.where(keep, visible, 0) if loss.options.average else visible
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")

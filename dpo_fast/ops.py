@@ -15,6 +15,7 @@ because it is the cheapest way into the dispatcher: 2-4 us a call, against 10 us
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,13 +87,15 @@ def call(name: str, tensor: Tensor, *args: Any, **direct: Any) -> Any:
     """Calls an operator; straight, without torch's dispatcher, where nothing there would take part.
 
     That is in eager mode, for plain tensors on the CPU, with no mode on the stack. It saves some 10 us a call. `direct`
-    is for such a call only: keep=False, no backward will follow.
+    is for such a call only: `keep`, whether a backward will follow.
     """
     if (
         not torch.compiler.is_compiling()
         and tensor.__class__ in _PLAIN
         and tensor.is_cpu
         and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and not tensor.is_neg()
     ):
         return _ON_CPU[name](tensor, *args, **direct)
     return getattr(torch.ops.dpo_fast, name)(tensor, *args)
@@ -136,6 +139,11 @@ def check_integers(name: str, tensor: Tensor) -> None:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _inside_transform() -> bool:
+    """Whether a transform of torch.func is at work: tensors made there belong to it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def by_metadata(function: Callable[..., Any]) -> Callable[..., Any]:
     """Remembers what a function returns that looks at nothing of its tensors but types, shapes, strides and devices.
 
@@ -159,6 +167,8 @@ def by_metadata(function: Callable[..., Any]) -> Callable[..., Any]:
         found = memo.get(tuple(key), memo)
         if found is memo:  # not there
             found = function(*args)
+            if _inside_transform():
+                return found
             if len(memo) >= 256:
                 memo.clear()
             memo[tuple(key)] = found
@@ -167,38 +177,48 @@ def by_metadata(function: Callable[..., Any]) -> Callable[..., Any]:
     return remembering
 
 
-# The shapes of results that were not asked for.
-_NOTHING = ((0,), (0, 0))
+# What a tensor that an operator returns is for.
+RESULT, FOR_BACKWARD, UNWANTED = range(3)
 
 
 class Room:
-    """What an operator returns, by shape and type: made anew for each call.
+    """What an operator returns, by shape, type and use: made anew for each call.
 
-    `for_backward`: places of tensors that backward alone needs. Plain tensors are made like a single number that is
-    seen as a tensor of that shape, which takes half of the time; those that stand for nothing are not made anew.
+    A plain tensor is made like a single number that is seen as a tensor of that shape, which takes half of the time.
     """
 
-    def __init__(
-        self, like: Tensor, *tensors: tuple[tuple[int, ...], torch.dtype], for_backward: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, like: Tensor, *tensors: tuple[tuple[int, ...], torch.dtype, int]) -> None:
         self.tensors, self.device = tensors, like.device
-        self.all: list[tuple[Tensor, bool]] = []  # and whether it stands for something
-        if like.__class__ in _PLAIN:
-            with torch.inference_mode(False):  # they outlive this call, and autograd may save those without elements
-                self.all = [(self._new((), dtype).expand(shape), shape not in _NOTHING) for shape, dtype in tensors]
-                self.results = self.all.copy()
-                for i in for_backward:
-                    self.results[i] = self._new((0,), tensors[i][1]), False
+        # by `keep`: patterns, and whether a tensor is made from one, or it is returned itself
+        self.patterns: dict[bool | None, list[tuple[Tensor, bool]]] = {}
+        if like.__class__ in _PLAIN and not _inside_transform():
+            with torch.inference_mode(False):  # they outlive this call
+                every = [self._pattern(shape, dtype) for shape, dtype, _ in tensors]
+                nothing = [self._new((0,), dtype) for _, dtype, _ in tensors]
+            uses = [use for *_, use in tensors]
+            self.patterns[None] = [(pattern, True) for pattern in every]
+            for keep, shared in ((True, (UNWANTED,)), (False, (UNWANTED, FOR_BACKWARD))):
+                self.patterns[keep] = [
+                    (none, False) if use in shared else (pattern, True)
+                    for pattern, none, use in zip(every, nothing, uses, strict=True)
+                ]
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def make(self, keep: bool = True) -> list[Tensor]:
-        """New tensors, their numbers undefined; without `keep`, nothing in place of what backward alone needs."""
-        if not self.all:
-            return [self._new(shape, dtype) for shape, dtype in self.tensors]
-        patterns = self.all if keep else self.results
-        return [torch.empty_like(pattern) if anew else pattern for pattern, anew in patterns]
+    def _pattern(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # of a single element, or of none, the strides would be passed on
+        return self._new(shape, dtype) if math.prod(shape) <= 1 else self._new((), dtype).expand(shape)
+
+    def make(self, keep: bool | None = None) -> list[Tensor]:
+        """New tensors, their numbers undefined.
+
+        keep: in a direct call (see `call`), whether a backward will follow; what is not needed is then one tensor of no
+        elements for all calls, which nobody gets to see. None: through the dispatcher, where autograd may mark any.
+        """
+        if not self.patterns:
+            return [self._new(shape, dtype) for shape, dtype, _ in self.tensors]
+        return [torch.empty_like(pattern) if anew else pattern for pattern, anew in self.patterns[keep]]
 
 
 def _check_real(name: str, tensor: Tensor) -> None:
@@ -312,8 +332,8 @@ class Call:
     def _as(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
         if tensor is None:
             return 0
-        if tensor.dtype is not dtype or not tensor.is_contiguous():
-            tensor = tensor.to(dtype).contiguous()
+        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.is_neg():
+            tensor = tensor.to(dtype).contiguous().resolve_neg()
             self.alive.append(tensor)
         return tensor.data_ptr()
 
@@ -412,27 +432,29 @@ def _seq_saved_shape(like: Tensor, n_seqs: int) -> tuple[int, int]:
 # --- token log-probs --------------------------------------------------------------------------------------------------
 
 
+def _extra(shape: tuple[int, ...], dtype: torch.dtype, wanted: bool) -> tuple[tuple[int, ...], torch.dtype, int]:
+    return (shape, dtype, RESULT) if wanted else ((0,), dtype, UNWANTED)
+
+
 @by_metadata
 def _token_room(logits: Tensor, targets: Tensor, row_mask: Tensor | None, *want: bool) -> Room:
     check_rows(logits, targets, row_mask)
     wide = wide_type(logits.dtype)
     rows, each = tuple(logits.shape[:-1]), tuple(targets.shape)
-    extras = [
-        (shape if wanted else (0,), dtype)
-        for shape, dtype, wanted in zip((rows, rows, each, rows), (wide, wide, torch.bool, wide), want, strict=True)
-    ]
-    return Room(logits, (each, wide), ((*rows, 2), wide), *extras, for_backward=(1,))
+    types = (wide, wide, torch.bool, wide)
+    extras = [_extra(*extra) for extra in zip((rows, rows, each, rows), types, want, strict=True)]
+    return Room(logits, (each, wide, RESULT), ((*rows, 2), wide, FOR_BACKWARD), *extras)
 
 
 def token_outputs(
-    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any, keep: bool = True
+    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any, keep: bool | None = None
 ) -> tuple[Tensor, ...]:
     """Checks what token_forward is given; room for what it returns."""
     return tuple(_token_room(logits, targets, row_mask, *options_and_want[4:]).make(keep))
 
 
 def _token_forward(
-    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any, keep: bool = True
+    logits: Tensor, targets: Tensor, row_mask: Tensor | None, *options_and_want: Any, keep: bool | None = None
 ) -> tuple[Tensor, ...]:
     out = token_outputs(logits, targets, row_mask, *options_and_want, keep=keep)
     call = Call(logits.dtype)
@@ -489,11 +511,10 @@ def _sequence_room(
     shape = tuple(targets.shape)
     return Room(
         logits,
-        ((n_seqs,), torch.float64 if double_sums else wide),
-        (shape, wide),
-        ((*shape, 2), wide),
-        (_seq_saved_shape(logits, n_seqs), torch.float64),
-        for_backward=(2,),
+        ((n_seqs,), torch.float64 if double_sums else wide, RESULT),
+        (shape, wide, RESULT),
+        ((*shape, 2), wide, FOR_BACKWARD),
+        (_seq_saved_shape(logits, n_seqs), torch.float64, FOR_BACKWARD if logits.is_cuda else UNWANTED),
     )
 
 
@@ -504,7 +525,7 @@ def sequence_outputs(
     token_weights: Tensor | None,
     average: bool,
     *rest: Any,
-    keep: bool = True,
+    keep: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """Checks what sequence_forward is given; room for what it returns."""
     return tuple(_sequence_room(logits, targets, cu_seqlens, token_weights, rest[4]).make(keep))
@@ -517,7 +538,7 @@ def _sequence_forward(
     token_weights: Tensor | None,
     average: bool,
     *options: Any,
-    keep: bool = True,
+    keep: bool | None = None,
 ) -> tuple[Tensor, ...]:
     out = sequence_outputs(logits, targets, cu_seqlens, token_weights, average, *options, keep=keep)
     seq_logps, logps, stats, _ = out
@@ -590,19 +611,15 @@ def _dpo_room(
     *seqs, seq_saved = _sequence_room(logits, targets, cu_seqlens, token_weights, False).tensors
     n_pairs = check_pairs(logits, seqs[0][0][0], pairs, ref_logps, pair_weights, baseline)
     wide = wide_type(logits.dtype)
-    extras = [
-        (tuple(targets.shape) if wanted else (0,), dtype)
-        for dtype, wanted in zip((wide, wide, torch.bool), want, strict=True)
-    ]
+    shape, types = tuple(targets.shape), (wide, wide, torch.bool)
     return Room(
         logits,
-        ((), wide),
-        *[((n_pairs,), wide)] * 3,
+        ((), wide, RESULT),
+        *[((n_pairs,), wide, RESULT)] * 3,
         *seqs,
-        ((n_pairs, 2), torch.float64),
-        *extras,
+        ((n_pairs, 2), torch.float64, FOR_BACKWARD),
+        *[_extra(shape, dtype, wanted) for dtype, wanted in zip(types, want, strict=True)],
         seq_saved,
-        for_backward=(6, 7),
     )
 
 
@@ -617,7 +634,7 @@ def dpo_outputs(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *rest: Any,
-    keep: bool = True,
+    keep: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """Checks what dpo_forward is given; room for what it returns."""
     args = (logits, targets, ref_logps, cu_seqlens, token_weights, pairs, pair_weights, baseline)
@@ -640,7 +657,7 @@ def _dpo_forward(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *rest: Any,
-    keep: bool = True,
+    keep: bool | None = None,
 ) -> tuple[Tensor, ...]:
     out = dpo_outputs(
         logits, targets, ref_logps, cu_seqlens, token_weights, average, pairs, pair_weights, baseline, *rest, keep=keep
@@ -762,8 +779,8 @@ def _preference_room(
         _check_real("lengths", lengths)
         check_device("lengths", lengths, logps, "logps")
         check_shape("lengths", lengths.shape, logps.shape, "with one number per sequence")
-    tensors = (((), logps.dtype), *[((n_pairs,), logps.dtype)] * 3, ((n_pairs, 2), torch.float64))
-    return Room(logps, *tensors, for_backward=(4,))
+    each = ((n_pairs,), logps.dtype, RESULT)
+    return Room(logps, ((), logps.dtype, RESULT), each, each, each, ((n_pairs, 2), torch.float64, FOR_BACKWARD))
 
 
 def preference_outputs(
@@ -774,7 +791,7 @@ def preference_outputs(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *_: Any,
-    keep: bool = True,
+    keep: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """Checks what preference_forward is given; room for what it returns."""
     return tuple(_preference_room(logps, ref_logps, lengths, pairs, pair_weights, baseline).make(keep))
@@ -788,7 +805,7 @@ def _preference_forward(
     pair_weights: Tensor | None,
     baseline: Tensor | None,
     *rest: Any,
-    keep: bool = True,
+    keep: bool | None = None,
 ) -> tuple[Tensor, ...]:
     out = preference_outputs(logps, ref_logps, lengths, pairs, pair_weights, baseline, keep=keep)
     *loss_options, divisor = rest

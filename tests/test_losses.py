@@ -612,6 +612,31 @@ def test_losses_in_float32_are_as_accurate_as_torch():
 # --- edges ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"average": True}, {"loss_type": "simpo"}, {}], ids=lambda o: "-".join(o) or "sums"
+)
+@pytest.mark.parametrize("extra", [{"outputs": ["logps"]}, {"wpo": True}], ids=lambda o: next(iter(o)))
+def test_no_alpha_against_an_empty_completion(packed, options, extra):
+    """Every token is past the shorter completion, and weighs nothing: neither do statistics bring it back."""
+    x, targets = torch.randn(2, 3, 7), torch.tensor([[1, 2, 3], [-100] * 3])
+    cu = torch.tensor([0, 3, 6])
+    layout = {"cu_seqlens": cu} if packed else {}
+    if packed:
+        x, targets = x.reshape(6, 7), targets.reshape(6)
+    plain = dpo_fast.dpo_loss(x, targets, ld_alpha=0.0, **options, **layout)
+    more = dpo_fast.dpo_loss(x, targets, ld_alpha=0.0, **options, **extra, **layout)
+    assert plain.logps.tolist() == [0, 0]
+    assert torch.allclose(more.logps, plain.logps, atol=1e-290)
+    if "wpo" not in extra:
+        assert torch.equal(more.loss, plain.loss)
+        return
+    arrays = {name: array.numpy() for name, array in layout.items()}
+    found = dpo_fast.numpy.dpo_loss(x.numpy(), targets.numpy(), ld_alpha=0.0, **options, **extra, **arrays)
+    assert np.allclose(found.logps, 0, atol=1e-290)
+    assert found.loss == more.loss.numpy()
+
+
 @pytest.mark.parametrize("options", [{"token_weights": True}, {"ld_alpha": 0.0}], ids=lambda o: next(iter(o)))
 def test_tokens_of_weight_0_with_wpo(options):
     """Dropped or masked, from logits or hidden states: the same; an ld_alpha of 0 is the limit of small ones."""

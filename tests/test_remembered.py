@@ -147,3 +147,102 @@ def test_many_threads_with_many_shapes():
     with ThreadPoolExecutor(8) as pool:
         for found, wanted in zip(pool.map(loss, cases), expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "functionalize", "vmap"])
+def test_a_transform_leaves_nothing_behind(transform):
+    """torch.func is not supported, and what is made inside it must not be remembered."""
+    t = 41 + ["grad", "jvp", "functionalize", "vmap"].index(transform)  # shapes that no other test remembers
+    x, targets, ref = tensors(t=t)
+    w = torch.ones(S)
+
+    def both(w):
+        losses = dpo_fast.dpo_loss(x, targets, ref).losses
+        return (w * dpo_fast.sequence_logps(x, targets)).sum() + losses.sum()
+
+    transforms = {
+        "grad": lambda: torch.func.grad(both)(w),
+        "jvp": lambda: torch.func.jvp(both, (w,), (w,)),
+        "functionalize": lambda: torch.func.functionalize(both)(w),
+        "vmap": lambda: torch.func.vmap(both)(torch.ones(2, S)),
+    }
+    try:
+        transforms[transform]()
+    except Exception as error:
+        print(f"refused: {error}")
+    expected = torch.log_softmax(x, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = expected.masked_fill(targets == -100, 0).sum(-1)
+    torch.testing.assert_close(dpo_fast.sequence_logps(x, targets), expected)
+    torch.testing.assert_close(dpo_fast.dpo_loss(x, targets, ref).logps, expected)
+    leaf = x.clone().requires_grad_()
+    dpo_fast.dpo_loss(leaf, targets, ref).loss.backward()
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_results_without_elements_are_apart_too():
+    x, targets = torch.zeros(0, 3, 7, requires_grad=True), torch.zeros(0, 3, dtype=torch.long)
+    first = dpo_fast.sequence_logps(x, targets)
+    assert first.requires_grad
+    with torch.no_grad():
+        assert not dpo_fast.sequence_logps(x, targets).requires_grad
+    dpo_fast.sequence_logps(torch.zeros(0, 3, 7, requires_grad=True), targets)
+    [grad] = torch.autograd.grad(first.sum(), x)
+    assert grad.shape == (0, 3, 7)
+    cu = torch.zeros(1, dtype=torch.long)
+    for _ in range(2):
+        out = dpo_fast.sequence_logps(torch.zeros(0, 7), torch.zeros(0, dtype=torch.long), cu_seqlens=cu)
+        assert not out.requires_grad
+        out.requires_grad_()
+        out = dpo_fast.token_logps(torch.zeros(2, 0, 7), torch.zeros(2, 0, dtype=torch.long)).logps
+        assert not out.requires_grad
+        out.requires_grad_()
+
+
+def test_operators_called_by_name_share_nothing():
+    """There autograd marks results of operators that it does not know how to differentiate."""
+    x, targets = torch.randn(2, 3, 9, requires_grad=True), torch.zeros(2, 3, dtype=torch.long)
+    options = (-100, 1.0, 1.0, 0.0)
+    marked = torch.ops.dpo_fast.token_forward(x, targets, None, *options, False, False, False, False)
+    with torch.no_grad():
+        plain = torch.ops.dpo_fast.token_forward(x, targets, None, *options, False, False, False, False)
+    assert not any(a is b for a in marked for b in plain)
+    assert not any(t.requires_grad for t in plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (4, 1), (6, 2)])
+def test_strides_are_those_of_new_tensors(shape):
+    x, targets = torch.randn(*shape, 7), torch.zeros(shape, dtype=torch.long)
+    for grad in (False, True):
+        leaf = x.clone().requires_grad_(grad)
+        out = [
+            *flat(dpo_fast.dpo_loss(leaf, targets, outputs=["logps", "entropy", "is_top1"])),
+            *flat(dpo_fast.token_logps(leaf, targets, outputs=["logps", "entropy", "mean_logits"])),
+            dpo_fast.sequence_logps(leaf[:1, :1], targets[:1, :1]),
+        ]
+        assert [t.stride() for t in out] == [torch.empty(t.shape).stride() for t in out]
+
+
+def test_negative_bit():
+    """Torch may keep a sign apart from the numbers."""
+    z, targets = torch.randn(2, 3, 7, dtype=torch.complex64), torch.zeros(2, 3, dtype=torch.long)
+    x, ref = z.conj().imag, torch._neg_view(torch.randn(2))
+    assert x.is_neg()
+    assert ref.is_neg()
+    lazy, plain = (dpo_fast.dpo_loss(a, targets, r) for a, r in ((x, ref), (x.clone(), ref.clone())))
+    for a, b in zip(flat(lazy), flat(plain), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_trace_calls_the_operators():
+    x, targets, _ = tensors()
+    traced = torch.jit.trace(lambda x: dpo_fast.sequence_logps(x, targets), (x,))
+    assert "dpo_fast::sequence_forward" in str(traced.graph)
+    other = torch.randn_like(x)
+    assert torch.equal(traced(other), dpo_fast.sequence_logps(other, targets))
+
+
+def test_equal_options_of_another_type_are_still_checked():
+    x, targets, _ = tensors()
+    for average in (0, False, 0):
+        with pytest.raises(ValueError, match="average must be True"):
+            dpo_fast.dpo_loss(x, targets, loss_type="simpo", average=average)

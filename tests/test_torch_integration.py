@@ -117,7 +117,18 @@ def test_second_derivative_raises(function, power):
     }[function]
     (grad,) = torch.autograd.grad(call() ** power, x, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(call() + grad.pow(2).sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         grad.sum().backward()
+
+
+def test_second_derivative_beside_the_logits_raises():
+    """Of what the logits were made from as well."""
+    x, w = torch.randn(2, 3, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+    targets = torch.zeros(2, 3, dtype=torch.int64)
+    (grad,) = torch.autograd.grad(dpo_fast.dpo_loss(x @ w, targets).loss, w, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(grad.pow(2).sum(), x)
 
 
 def test_inplace_under_compile_spares_the_logits():
