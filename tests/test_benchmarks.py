@@ -80,9 +80,11 @@ def test_pool_gives_copies_in_turn_and_refills_them():
 def test_interleave_takes_turns():
     order = []
     candidates = [bench.Candidate(name, lambda _, name=name: order.append(name)) for name in "abc"]
-    samples = bench.interleave(candidates, bench.Pool(torch.zeros(1)), bench.Clock("cpu"), rounds=2)
-    assert order == list("abcabc")
-    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 2)
+    samples = bench.interleave(candidates, bench.Pool(torch.zeros(1)), bench.Clock("cpu"), rounds=20)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(each) == list("abc") for each in rounds)  # every candidate once a round,
+    assert len(set(rounds)) > 3  # and none always after the same one
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 20)
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------

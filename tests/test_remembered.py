@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_fast
-from dpo_fast import ops
+from dpo_fast._remembered import by_metadata
 
 S, T, V = 4, 5, 37
 
@@ -105,7 +105,7 @@ def test_results_of_two_calls_are_apart():
 def test_by_metadata():
     calls = []
 
-    @ops.by_metadata
+    @by_metadata
     def function(a, b, flag):
         calls.append(a)
         return a.shape
