@@ -42,10 +42,9 @@ class Layout(NamedTuple):
 
 def logit_options(ignore_index: int, temperature: float, logit_scale: float, softcap: float | None) -> LogitOptions:
     """Checks the options that say how logits become z and which rows count."""
-    if not (0 < temperature < math.inf and 0 < logit_scale < math.inf and (softcap is None or 0 < softcap < math.inf)):
-        for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, found {value}")
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, found {value}")
     return LogitOptions(operator.index(ignore_index), float(temperature), float(logit_scale), float(softcap or 0.0))
 
 

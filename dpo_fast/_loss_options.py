@@ -301,9 +301,9 @@ def choose_loss(
     return Loss(options, coupled, unpaired, reads_lengths, divisor, total_pairs)
 
 
-# A choice made of plain numbers and names can be remembered, which saves small calls some time.
+# A choice whose options are all of these types can be remembered, which saves small calls some time.
 remembered_loss = functools.lru_cache(maxsize=64)(choose_loss)
-PLAIN = {str, float, int, bool, type(None)}
+REMEMBERED_TYPES = {str, float, int, bool, type(None)}
 
 
 def _normalisation(

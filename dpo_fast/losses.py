@@ -21,7 +21,7 @@ from dpo_fast._autograd import differentiable_once, inplace_allowed, run
 from dpo_fast._checks import TOKEN_OUTPUTS, LogitOptions, check_shape, check_token_outputs, logit_options, pair_count
 from dpo_fast._coupled import coupled_losses
 from dpo_fast._loss_options import (
-    PLAIN,
+    REMEMBERED_TYPES,
     TINY_WEIGHT,
     Loss,
     LossKeywords,
@@ -251,7 +251,7 @@ def with_tokens(
 
 def checked_loss(**options: Any) -> Loss:
     """`choose_loss`, remembered in eager mode."""
-    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, options.values())):
+    if torch.compiler.is_compiling() or not REMEMBERED_TYPES.issuperset(map(type, options.values())):
         return choose_loss(**options)
     return remembered_loss(**options)
 

@@ -521,9 +521,9 @@ def dpo_loss(
         token_weights = weights * given
         if ld_alpha == 0 and wpo:
             visible = np.maximum(weights, TINY_WEIGHT) * given
-            # an average over nothing but tiny weights would be one of these tokens, and no longer 0
-            keep = _by_token(_some(token_weights, cu_seqlens), cu_seqlens, visible.shape)
-            token_weights = np.where(keep, visible, 0) if loss.options.average else visible
+            if loss.options.average:  # over nothing but tiny weights it would be one of these tokens, and no longer 0
+                visible = visible * _by_token(_some(token_weights, cu_seqlens), cu_seqlens, visible.shape)
+            token_weights = visible
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
