@@ -258,9 +258,9 @@ def checked_loss(**options: Any) -> Loss:
 
 def check_loss_outputs(outputs: Sequence[str]) -> tuple[bool, bool, bool, bool]:
     """Which statistics of tokens a loss is asked for; log-probs, where any is."""
+    check_token_outputs(outputs)
     if not outputs:
         return (False,) * 4
-    check_token_outputs(outputs)
     if "log_sum_sq_probs" in outputs:
         raise ValueError("a loss gives no 'log_sum_sq_probs': see token_logps")
     return (True, *(name in outputs for name in TOKEN_OUTPUTS[1:4]))  # type: ignore[return-value]
