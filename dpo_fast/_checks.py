@@ -1,4 +1,4 @@
-"""What the torch and the NumPy functions check alike: options, shapes and layouts, without either library's types.
+"""Checks that the torch and the NumPy functions share: numbers, options, shapes and layouts, without either library.
 
 Every message names the argument, what was found and what was expected.
 """
@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypedDict
 
-# The optional statistics of a token, beside its log-probability.
-TOKEN_OUTPUTS = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+class Statistic(NamedTuple):
+    """A statistic of each token, beside its log-probability."""
+
+    name: str
+    is_truth: bool = False  # bool; else the type of log-probs
+    per_target: bool = False  # one for each target of a row; else one for each row
+    differentiable: bool = False
+
+
+# In the order of DPO_FAST_STATISTICS (csrc/row_math.h).
+STATISTICS = (
+    Statistic("entropy", differentiable=True),
+    Statistic("mean_logits"),
+    Statistic("is_top1", is_truth=True, per_target=True),
+    Statistic("log_sum_sq_probs"),
+    Statistic("lse", differentiable=True),
+)
+TOKEN_OUTPUTS = ("logps", *(statistic.name for statistic in STATISTICS))
+# A set of statistics is a number: the sum of these bits.
+STATISTIC_BITS = {statistic.name: 1 << i for i, statistic in enumerate(STATISTICS)}
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -20,32 +40,186 @@ REDUCTIONS = ("mean", "sum", "none")
 IGNORE_NOTHING = -(2**63)
 
 
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """Where a number may lie."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    with_low: bool = False
+    with_high: bool = False
+
+    def holds(self, x: float) -> bool:
+        """Whether x, which may be NaN, is inside."""
+        return (self.low < x or (self.with_low and x == self.low)) and (
+            x < self.high or (self.with_high and x == self.high)
+        )
+
+    def __str__(self) -> str:
+        if self == FINITE:
+            return "finite"
+        if self == POSITIVE:
+            return "positive and finite"
+        if self == NOT_NEGATIVE:
+            return "at least 0 and finite"
+        return f"in {'[' if self.with_low else '('}{self.low:g}, {self.high:g}{']' if self.with_high else ')'}"
+
+
+FINITE, POSITIVE, NOT_NEGATIVE = Range(), Range(0), Range(0, with_low=True)
+
+# Every option that is one plain number.
+NUMBERS = {
+    "temperature": POSITIVE,
+    "logit_scale": POSITIVE,
+    "softcap": POSITIVE,
+    "beta": NOT_NEGATIVE,
+    "label_smoothing": Range(0, 0.5, True, True),
+    "ld_alpha": Range(0, 1, True, True),
+    "baseline": FINITE,
+    "loss_weights": FINITE,
+    "f_alpha_divergence_coef": FINITE,
+    "discopop_tau": POSITIVE,
+    "simpo_gamma": FINITE,
+    "desirable_weight": FINITE,
+    "undesirable_weight": FINITE,
+    "dpop_lambda": NOT_NEGATIVE,
+    "length_penalty": NOT_NEGATIVE,
+    "z_loss_weight": NOT_NEGATIVE,
+    "num_pairs": POSITIVE,
+    "num_chosen_tokens": POSITIVE,
+    "lora scaling": FINITE,
+}
+
+
+def number(name: str, value: Any) -> float:
+    """One plain number in its range.
+
+    Raises:
+        TypeError: not a number (None, text, an array, a tensor, a truth value).
+        ValueError: outside its range, or NaN.
+    """
+    kind = type(value)
+    if (kind is not float and kind is not int) and (
+        not isinstance(value, numbers.Real) or isinstance(value, bool)  # NumPy's scalars are real numbers
+    ):
+        raise TypeError(f"{name} must be a number, found {value!r} of type {kind.__name__}")
+    if not NUMBERS[name].holds(value):
+        raise ValueError(f"{name} must be {NUMBERS[name]}, found {value}")
+    return float(value)
+
+
+def integer(name: str, value: Any) -> int:
+    """One whole number, as int.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, found {value!r} of type {type(value).__name__}")
+    return operator.index(value)
+
+
+def truth(name: str, value: Any) -> bool:
+    """True or False; also as 1 and 0.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if value is True or value is False:
+        return value
+    if type(value).__name__ not in ("bool", "bool_", "int") or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, found {value!r}")
+    return bool(value)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
 class LogitOptions(NamedTuple):
-    """Which targets are ignored, and z = softcap * tanh(x * logit_scale / softcap) / temperature (softcap 0: none)."""
+    """Which targets and columns count, and z = softcap * tanh(x * logit_scale / softcap) / temperature."""
 
     ignore_index: int = -100
     temperature: float = 1.0
     logit_scale: float = 1.0
-    softcap: float = 0.0
+    softcap: float = 0.0  # 0: no tanh
+    valid_vocab: int = 0  # columns from here on are padding; 0: none is
 
 
-class Layout(NamedTuple):
-    """Logits as n_seqs sequences of rows_per_seq rows; strides in elements."""
+class LogitKeywords(TypedDict, total=False):
+    """How logits are read; options of every function that sees logits or a head.
 
-    n_seqs: int
-    rows_per_seq: int
-    vocab: int
-    seq_stride: int
-    row_stride: int
-    vocab_stride: int
+    ignore_index: rows with this target are not read, and give 0 and no gradient; by default -100.
+    temperature, logit_scale, softcap: z = softcap * tanh(logits * logit_scale / softcap) / temperature, without the
+        tanh when softcap is None (the default); by default 1.
+    valid_vocab: columns from this one on are padding of the vocabulary: they count as minus infinity, are not read, and
+        get gradient 0; by default all columns are valid.
+    """
+
+    ignore_index: int
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    valid_vocab: int | None
 
 
-def logit_options(ignore_index: int, temperature: float, logit_scale: float, softcap: float | None) -> LogitOptions:
-    """Checks the options that say how logits become z and which rows count."""
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, found {value}")
-    return LogitOptions(operator.index(ignore_index), float(temperature), float(logit_scale), float(softcap or 0.0))
+def logit_options(
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+) -> LogitOptions:
+    """Checks the options of LogitKeywords; whether valid_vocab fits is for `check_vocab` to say."""
+    return LogitOptions(
+        integer("ignore_index", ignore_index),
+        number("temperature", temperature),
+        number("logit_scale", logit_scale),
+        0.0 if softcap is None else number("softcap", softcap),
+        0 if valid_vocab is None else positive_integer("valid_vocab", valid_vocab),
+    )
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    found = integer(name, value)
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, found {found}")
+    return found
+
+
+def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for keywords that a function does not have."""
+    names = ", ".join(map(repr, unknown))
+    if names:
+        raise TypeError(f"{function} got an unexpected keyword argument {names}; options: {', '.join(known)}")
+
+
+def split_logit_keywords(options: dict[str, Any]) -> LogitOptions:
+    """Takes the options of LogitKeywords out of a function's keywords, checked."""
+    if not options:
+        return _DEFAULT_LOGIT_OPTIONS
+    return logit_options(**{name: options.pop(name) for name in _LOGIT_KEYWORDS if name in options})
+
+
+_LOGIT_KEYWORDS = tuple(LogitKeywords.__annotations__)
+_DEFAULT_LOGIT_OPTIONS = LogitOptions()
+
+
+def only_logit_keywords(function: str, options: dict[str, Any]) -> LogitOptions:
+    """The options of a function that has no others."""
+    found = split_logit_keywords(options)
+    refuse_unknown(function, options, _LOGIT_KEYWORDS)
+    return found
+
+
+def check_vocab(options: LogitOptions, vocab: int) -> None:
+    """Raises ValueError where valid_vocab is larger than the vocabulary."""
+    if options.valid_vocab > vocab:
+        raise ValueError(f"valid_vocab must be at most the number of columns, {vocab}, found {options.valid_vocab}")
 
 
 def check_reduction(reduction: str) -> None:
@@ -54,17 +228,34 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, found {reduction!r}")
 
 
-def check_token_outputs(outputs: Sequence[str]) -> None:
-    """Checks the names of the statistics asked for."""
+@functools.lru_cache(maxsize=64)
+def statistic_bits(outputs: tuple[str, ...]) -> int:
+    """The statistics among `outputs`, which are names of TOKEN_OUTPUTS, as a sum of STATISTIC_BITS."""
     for name in outputs:
         if name not in TOKEN_OUTPUTS:
             raise ValueError(f"outputs must be among {', '.join(map(repr, TOKEN_OUTPUTS))}, found {name!r}")
+    return sum(bit for name, bit in STATISTIC_BITS.items() if name in outputs)
 
 
-def check_shape(name: str, found: Sequence[int], expected: Sequence[int], reason: str) -> None:
-    """Raises ValueError unless the shapes are equal; `reason` says where the expectation comes from."""
+def wanted_statistics(outputs: Sequence[str]) -> int:
+    """`statistic_bits` of any sequence of names."""
+    if isinstance(outputs, str) or not isinstance(outputs, (tuple, list, set, frozenset)):
+        raise TypeError(f"outputs must be a list of names among {', '.join(map(repr, TOKEN_OUTPUTS))}, found {outputs!r}")
+    return statistic_bits(tuple(outputs))
+
+
+@functools.lru_cache(maxsize=64)
+def named_statistics(wanted: int) -> tuple[Statistic, ...]:
+    """The statistics of a sum of STATISTIC_BITS, in order."""
+    return tuple(statistic for statistic in STATISTICS if STATISTIC_BITS[statistic.name] & wanted)
+
+
+def check_shape(name: str, found: Sequence[int], expected: Sequence[int], reason: str, like: Any = "") -> None:
+    """Raises ValueError unless the shapes are equal; `reason` and `like` say where the expectation comes from."""
     if tuple(found) != tuple(expected):
-        raise ValueError(f"{name} must have shape {tuple(expected)} {reason}, found {tuple(found)}")
+        found, expected = tuple(found), tuple(expected)
+        like = tuple(like) if like != "" else ""
+        raise ValueError(f"{name} must have shape {expected} {reason}{like}, found {found}")
 
 
 def is_integer_type(name: str) -> bool:
@@ -78,13 +269,6 @@ def check_logits_shape(logits: Sequence[int], name: str = "logits") -> None:
         raise ValueError(f"{name} must have shape [S, T, V], or [N, V] when packed, found {tuple(logits)}")
     if logits[-1] < 1:
         raise ValueError(f"{name} must have at least one token in the vocabulary, found shape {tuple(logits)}")
-
-
-def row_layout(shape: Sequence[int], strides: Sequence[int]) -> Layout:
-    """The layout of logits [S, T, V] or [N, V]; packed rows are one sequence."""
-    if len(shape) == 2:
-        return Layout(1, shape[0], shape[1], 0, strides[0], strides[1])
-    return Layout(shape[0], shape[1], shape[2], strides[0], strides[1], strides[2])
 
 
 def overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -114,8 +298,8 @@ def sequence_count(shape: Sequence[int], cu_seqlens: Sequence[int] | None, name:
     return cu_seqlens[0] - 1
 
 
-def pair_count(n_seqs: int, pairs: Sequence[int] | None) -> int:
-    """The number of pairs: those given, or half the sequences."""
+def pair_count(n_seqs: int, pairs: Sequence[int] | None, may_be_none: bool = False) -> int:
+    """The number of pairs: those given, or half the sequences. may_be_none: 0 is allowed."""
     if pairs is None:
         if n_seqs % 2:
             raise ValueError(
@@ -127,15 +311,9 @@ def pair_count(n_seqs: int, pairs: Sequence[int] | None) -> int:
         if len(pairs) != 2 or pairs[1] != 2:
             raise ValueError(f"pairs must have shape [P, 2] (chosen, rejected), found {tuple(pairs)}")
         count = pairs[0]
-    if count == 0:
-        raise ValueError(f"there are no pairs (sequences: {n_seqs}): the loss of nothing is not defined")
+    if count == 0 and not may_be_none:
+        raise ValueError(
+            f"there are no pairs (sequences: {n_seqs}): the loss of nothing is not defined; for a microbatch without "
+            "pairs give num_pairs"
+        )
     return count
-
-
-@functools.lru_cache(maxsize=256)
-def rows_head(
-    logit_type: int, shape: tuple[int, ...], strides: tuple[int, ...], n_targets: int, options: LogitOptions
-) -> tuple[int | float, ...]:
-    """What the kernels' `rows` begins with; the addresses of logits, targets, row_mask and weights follow (make_rows in
-    dpo_fast/_cpu.pyx)."""
-    return (logit_type, *row_layout(shape, strides), n_targets, *options)

@@ -1,0 +1,1 @@
+"""The torch side below the public functions: operators, their devices and their autograd."""
