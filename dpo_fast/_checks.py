@@ -240,7 +240,9 @@ def statistic_bits(outputs: tuple[str, ...]) -> int:
 def wanted_statistics(outputs: Sequence[str]) -> int:
     """`statistic_bits` of any sequence of names."""
     if isinstance(outputs, str) or not isinstance(outputs, (tuple, list, set, frozenset)):
-        raise TypeError(f"outputs must be a list of names among {', '.join(map(repr, TOKEN_OUTPUTS))}, found {outputs!r}")
+        raise TypeError(
+            f"outputs must be a list of names among {', '.join(map(repr, TOKEN_OUTPUTS))}, found {outputs!r}"
+        )
     return statistic_bits(tuple(outputs))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_fast._loss_options import LossFunction
+from dpo_fast._loss.options import LossFunction
 
 
 def sides(values: Tensor, n_pairs: int, pairs: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_fast._loss_options import LossFunction
+from dpo_fast._loss.options import LossFunction
 
 Array = NDArray[Any]
 
