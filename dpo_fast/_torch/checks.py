@@ -174,11 +174,10 @@ def check_saved(logits: Tensor, targets: Tensor, logps: Tensor, stats: Tensor) -
         check_shape("stats", stats.shape, (*logits.shape[:-1], 2), "to fit logits of shape ", logits.shape)
 
 
-def check_gradients(
-    like: Tensor, rows_shape: Sequence[int], targets: Tensor | None, grad: Grads, n_seqs: int, n_pairs: int
-) -> None:
+def check_gradients(like: Tensor, targets: Tensor | None, grad: Grads, n_seqs: int, n_pairs: int) -> None:
     """Checks the gradients that come in; each is on the device of `like`."""
-    expected = (None if targets is None else targets.shape, rows_shape, rows_shape, (n_seqs,), (), (n_pairs,))
+    rows, each = like.shape[:-1], None if targets is None else targets.shape
+    expected = (each, rows, rows, (n_seqs,), (), (n_pairs,))
     for name, tensor, shape in zip(grad._fields, grad, expected, strict=True):
         if tensor is not None:
             check_numbers(f"grad_{name}", tensor, like, shape or (), "to fit the others")

@@ -1,0 +1,123 @@
+"""Tensors as the kernels take them: addresses, sizes and strides, under the names of dpo_fast/_arguments.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_fast._arguments import KernelGrads, KernelLosses, KernelOut, KernelPairs, KernelRows, KernelSaved, KernelSequences
+from dpo_fast._checks import STATISTIC_BITS
+from dpo_fast._torch.checks import LOGIT_TYPES
+from dpo_fast._torch.operators import PLAIN, Grads, Pairs, PreferenceResult, Rows, Saved, Sequences
+from dpo_fast._torch.sequences import wide_type
+
+_NO_STATISTICS = (None,) * len(STATISTIC_BITS)
+_FLOATS = (torch.float32, torch.float64)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor of ours, None where it is not there."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Addresses:
+    """Addresses of a call's tensors; what had to be converted lives as long as this does."""
+
+    __slots__ = ("alive",)
+
+    def __init__(self) -> None:
+        self.alive: list[Tensor] = []
+
+    def __call__(self, name: str, tensor: Tensor | None, *types: torch.dtype) -> int | None:
+        """The address of a tensor, contiguous and of one of the types, converted to the first of them if it is not."""
+        if tensor is None:
+            return None
+        if tensor.__class__ not in PLAIN:
+            raise TypeError(f"{name} must be a plain tensor, found {type(tensor).__name__}")
+        if tensor.dtype not in types or not tensor.is_contiguous() or tensor.is_neg():
+            dtype = tensor.dtype if tensor.dtype in types else types[0]
+            tensor = tensor.to(dtype).contiguous().resolve_neg()
+            self.alive.append(tensor)
+        return tensor.data_ptr()
+
+    def rows(self, logits: Tensor, rows: Rows) -> KernelRows:
+        """Logits, their targets and options."""
+        shape, strides, targets, weights = logits.shape, logits.stride(), rows.targets, rows.token_weights
+        several = logits.dim() == 3
+        return KernelRows(
+            LOGIT_TYPES[logits.dtype],
+            shape[0] if several else 1,
+            shape[-2],
+            shape[-1],
+            strides[0] if several else 0,
+            strides[-2],
+            strides[-1],
+            targets.shape[-1] if targets.dim() == logits.dim() else 1,
+            *rows.options,
+            logits.data_ptr(),
+            self("targets", targets, torch.int64),
+            self("row_mask", rows.row_mask, torch.bool),
+            self("token_weights", weights, *_FLOATS),
+            weights is not None and weights.dtype is torch.float64,
+        )
+
+    def sequences(self, seqs: Sequences, n_seqs: int) -> KernelSequences:
+        """Bounds of sequences."""
+        bounds = seqs.cu_seqlens
+        address = self("cu_seqlens", bounds, torch.int64, torch.int32)
+        return KernelSequences(address, bounds is None or bounds.dtype is not torch.int32, n_seqs, seqs.average)
+
+    def pairs(self, pairs: Pairs, n_pairs: int) -> KernelPairs:
+        """Pairs and their numbers."""
+        numbers = tuple([self(name, x, torch.float64) for name, x in zip(pairs.numbers._fields, pairs.numbers, strict=True)])
+        baseline = self("baseline", pairs.baseline, torch.float64)
+        return KernelPairs(self("pairs", pairs.pairs, torch.int64), n_pairs, pairs.divisor, baseline, numbers)
+
+    def losses(self, losses: PreferenceResult) -> KernelLosses:
+        """Results of the losses."""
+        return KernelLosses(*[pointer(tensor) for tensor in losses])
+
+    def saved(self, saved: Saved, wide: torch.dtype) -> KernelSaved:
+        """What forward left."""
+        return KernelSaved(
+            self("logps", saved.logps, wide),
+            self("stats", saved.stats, wide),
+            self("entropy", saved.entropy, wide),
+            self("pair_grads", saved.pair_grads, torch.float64),
+            self("seq_saved", saved.seq_saved, torch.float64),
+        )
+
+    def grads(self, grad: Grads, wide: torch.dtype) -> KernelGrads:
+        """Incoming gradients."""
+        return KernelGrads(*[self(f"grad_{name}", x, wide) for name, x in zip(grad._fields, grad, strict=True)])
+
+
+def statistics(wanted: int, tensors: list[Tensor]) -> tuple[int | None, ...]:
+    """Addresses of the statistics that are wanted, in the order of all."""
+    if not wanted:
+        return _NO_STATISTICS
+    found = iter(tensors)
+    return tuple([next(found).data_ptr() if bit & wanted else None for bit in STATISTIC_BITS.values()])
+
+
+def gradient(grad: Tensor) -> KernelOut:
+    """Where backward writes."""
+    strides = grad.stride()
+    return KernelOut(grad.data_ptr(), strides[0] if grad.dim() == 3 else 0, strides[-2], strides[-1])
+
+
+def reads_float64(tensor: Tensor | None) -> bool:
+    """Whether the kernels read it as float64; else as float32."""
+    return tensor is not None and tensor.dtype is torch.float64
+
+
+def wpo_statistics(a_wpo: bool, wanted: int, like: Tensor, tensors: list[Tensor]) -> tuple[int, list[Tensor]]:
+    """The statistics with the one that WPO reads, in memory of its own where nobody asked for it."""
+    bit = STATISTIC_BITS["log_sum_sq_probs"]
+    if not a_wpo or wanted & bit:
+        return wanted, tensors
+    before = (wanted & (bit - 1)).bit_count()
+    return wanted | bit, [*tensors[:before], torch.empty_like(like), *tensors[before:]]
+
+
+__all__ = ["Addresses", "gradient", "pointer", "reads_float64", "statistics", "wide_type", "wpo_statistics"]

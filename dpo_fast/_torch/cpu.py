@@ -1,0 +1,102 @@
+"""The operators on CPU tensors: each checks and allocates (shapes.py), takes addresses and calls one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_fast import _cpu
+from dpo_fast._arguments import KernelPairs
+from dpo_fast._torch import shapes
+from dpo_fast._torch.addresses import Addresses, gradient, pointer, reads_float64, statistics, wpo_statistics
+from dpo_fast._torch.operators import (
+    DPOForward,
+    DPOResult,
+    PreferenceBackward,
+    PreferenceForward,
+    PreferenceResult,
+    RowsBackward,
+    SequenceForward,
+    SequenceResult,
+    TokenForward,
+    TokenResult,
+)
+from dpo_fast._torch.sequences import count_sequences, wide_type
+
+_NO_NUMBERS = (None,) * len(_cpu.pair_numbers())
+
+
+def token_forward(logits: Tensor, a: TokenForward) -> TokenResult:
+    out, at = shapes.token_forward(logits, a), Addresses()
+    kernel = (at.rows(logits, a.rows), torch.get_num_threads(), out.logps.data_ptr(), pointer(out.stats))
+    _cpu.token_forward(*kernel, statistics(a.wanted, out.statistics))
+    return out
+
+
+def sequence_forward(logits: Tensor, a: SequenceForward) -> SequenceResult:
+    out, at = shapes.sequence_forward(logits, a), Addresses()
+    kernel = (at.rows(logits, a.rows), at.sequences(a.seqs, out.seq_logps.shape[0]), torch.get_num_threads())
+    _cpu.sequence_forward(*kernel, out.logps.data_ptr(), pointer(out.stats), out.seq_logps.data_ptr(), a.double_sums)
+    return out
+
+
+def dpo_forward(logits: Tensor, a: DPOForward) -> DPOResult:
+    out, at = shapes.dpo_forward(logits, a), Addresses()
+    logps, stats, found = out.tokens
+    wanted, found = wpo_statistics(a.wpo, a.wanted, logps, found)
+    _cpu.dpo_forward(
+        at.rows(logits, a.rows),
+        at.sequences(a.seqs, out.seq_logps.shape[0]),
+        at.pairs(a.pairs, out.losses.losses.shape[0]),
+        a.pairs.loss,
+        torch.get_num_threads(),
+        a.wpo,
+        at("ref_logps", a.ref_logps, torch.float32, torch.float64),
+        reads_float64(a.ref_logps),
+        logps.data_ptr(),
+        pointer(stats),
+        statistics(wanted, found),
+        out.seq_logps.data_ptr(),
+        at.losses(out.losses),
+    )
+    return out
+
+
+def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
+    at, g, wide = Addresses(), a.grad, wide_type(logits.dtype)
+    if grad is not logits:
+        _cpu.expect_writes(grad.data_ptr(), grad.nbytes)
+    seqs = pairs = None
+    if g.loss is not None or g.losses is not None:
+        n_pairs = a.saved.pair_grads.shape[0]  # type: ignore[union-attr]
+        pairs = KernelPairs(at("pairs", a.pairs, torch.int64), n_pairs, a.divisor, None, _NO_NUMBERS)
+    if pairs is not None or g.seq_logps is not None:
+        seqs = at.sequences(a.seqs, count_sequences(a.rows.targets, a.seqs.cu_seqlens))
+    threads = torch.get_num_threads()
+    _cpu.backward(at.rows(logits, a.rows), seqs, pairs, threads, at.saved(a.saved, wide), at.grads(g, wide), gradient(grad))
+
+
+def preference_forward(logps: Tensor, a: PreferenceForward) -> PreferenceResult:
+    out, at = shapes.preference_forward(logps, a), Addresses()
+    _cpu.preference_forward(
+        at.pairs(a.pairs, out.losses.shape[0]),
+        a.pairs.loss,
+        logps.dtype is torch.float64,
+        a.round_sums,
+        logps.shape[0],
+        at("logps", logps, logps.dtype),
+        at("ref_logps", a.ref_logps, torch.float32, torch.float64),
+        reads_float64(a.ref_logps),
+        at("lengths", a.lengths, torch.float64),
+        at.losses(out),
+    )
+    return out
+
+
+def preference_backward(logps: Tensor, a: PreferenceBackward) -> Tensor:
+    grad, at = shapes.preference_backward(logps, a), Addresses()
+    pairs = KernelPairs(at("pairs", a.pairs, torch.int64), a.pair_grads.shape[0], a.divisor, None, _NO_NUMBERS)
+    incoming = (at("grad_loss", a.grad.loss, logps.dtype), at("grad_losses", a.grad.losses, logps.dtype))
+    saved = at("pair_grads", a.pair_grads, torch.float64)
+    _cpu.preference_backward(pairs, logps.dtype is torch.float64, logps.shape[0], saved, *incoming, grad.data_ptr())
+    return grad
