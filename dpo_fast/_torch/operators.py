@@ -6,6 +6,7 @@ nest; in the schema their fields are in one line, a name that would be ambiguous
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -272,9 +273,14 @@ def _is_record(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
+@functools.cache
+def _fields(record: Any) -> dict[str, Any]:
+    return typing.get_type_hints(record)
+
+
 def _leaves(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The names and types of a record's fields, those of nested records in their place."""
-    for name, kind in typing.get_type_hints(record).items():
+    for name, kind in _fields(record).items():
         if _is_record(kind):
             yield from _leaves(kind, f"{name}_" if name in _PREFIXED else prefix)
         else:
@@ -292,8 +298,7 @@ def flatten(record: Any) -> Iterator[Any]:
 
 def parse(record: Any, values: Iterator[Any]) -> Any:
     """The record whose flattened fields these are."""
-    kinds = typing.get_type_hints(record).values()
-    return record._make([parse(kind, values) if _is_record(kind) else next(values) for kind in kinds])
+    return record._make([parse(kind, values) if _is_record(kind) else next(values) for kind in _fields(record).values()])
 
 
 class Operator(NamedTuple):

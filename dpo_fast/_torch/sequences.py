@@ -1,6 +1,6 @@
-"""From tokens to sequences and back, in plain torch: which rows count, by what factor, and their sums.
+"""From tokens to sequences and pairs and back, in plain torch: which rows count, by which factor, and their sums.
 
-Tensors of the targets' size; for the paths that do not run through the fused CPU kernels.
+Tensors of the targets' size, for the paths that do not run through the fused kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import pair_count
+from dpo_fast._checks import IGNORE_NOTHING
 from dpo_fast._native import has_cuda_kernels
 
 
@@ -20,9 +20,38 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def accurate_type(device: torch.device) -> torch.dtype:
+    """The type of sums and derivatives beside the logits: float64, but where a device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def count_sequences(targets: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences of checked rows."""
+    return targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def count_targets(targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """The tokens of each sequence that are not ignored, whatever their weight, as the losses read lengths."""
+    kept = (targets != ignore_index).to(accurate_type(targets.device))
+    return sum_by_sequence(kept, cu_seqlens)
+
+
+def live_sequences(n_seqs: int, pairs: Tensor | None, pair_weights: Tensor | None) -> Tensor | None:
+    """Which sequences are in a pair of a weight other than 0, [S] bool; None: all are."""
+    if pairs is None:
+        if pair_weights is None:
+            return None
+        live = (pair_weights != 0).repeat(2)
+        return torch.nn.functional.pad(live, (0, n_seqs - live.shape[0]))
+    numbers = pairs.long() if pair_weights is None else torch.where((pair_weights != 0).unsqueeze(-1), pairs.long(), -1)
+    # one place more, for absent sides
+    counts = torch.zeros(n_seqs + 1, dtype=torch.bool, device=pairs.device)
+    return counts.index_fill(0, torch.where(numbers < 0, n_seqs, numbers).reshape(-1), True)[:n_seqs]
+
+
 def kept_rows(targets: Tensor, ignore_index: int, weights: Tensor | None) -> Tensor:
     """Rows that count: the target is not ignore_index and the weight is not 0."""
-    kept = targets != ignore_index
+    kept = targets != ignore_index if ignore_index != IGNORE_NOTHING else torch.ones_like(targets, dtype=torch.bool)
     return kept if weights is None else kept & (weights != 0)
 
 
@@ -35,6 +64,18 @@ def looks_at_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not (tensor.is_cuda and _HAS_CUDA_KERNELS) or os.environ.get("DPO_FAST_CHECK") == "1"
+
+
+def refuse_bad_targets(targets: Tensor, kept: Tensor, vocab: int) -> None:
+    """Raises IndexError for a target outside [0, vocab) of a row that counts, where values may be looked at."""
+    if looks_at_values(targets):
+        bad = kept & ((targets < 0) | (targets >= vocab))
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            raise IndexError(
+                f"target {targets[tuple(place)].item()} at position {place} is outside [0, {vocab}) and is not "
+                f"ignore_index"
+            )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:
@@ -50,7 +91,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:
 
 
 def check_pair_numbers(pairs: Tensor, n_seqs: int, absent: bool = False) -> list[list[int]]:
-    """Chosen and rejected sequence of each pair, on the host; `absent`: -1 stands for a side that is not there.
+    """Chosen and rejected sequence of each pair, on the host; `absent`: -1 is a side that is not there.
 
     Raises:
         IndexError: a number outside [0, n_seqs).
@@ -98,70 +139,6 @@ def token_factors(
 
 def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, kept: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """exp(mean_n(logp_n - log sum_v p_v^2)) of each sequence (WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2)."""
-    total = sum_by_sequence((logps - log_sum_sq_probs).double(), cu_seqlens)
-    return torch.exp(total / sum_by_sequence(kept.double(), cu_seqlens).clamp(min=1))
-
-
-def _completion_positions(kept: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """1, 2, ... for the tokens of a sequence that count; the others repeat the number before them."""
-    if cu_seqlens is None:
-        return kept.cumsum(-1)
-    numbers = kept.reshape(-1).cumsum(0)
-    before = torch.cat([numbers.new_zeros(1), numbers])[cu_seqlens[:-1].long()]
-    return (numbers - torch.repeat_interleave(before, cu_seqlens.long().diff(), output_size=numbers.shape[0])).reshape(
-        kept.shape
-    )
-
-
-def ld_dpo_weights(
-    targets: Tensor,
-    ld_alpha: float,
-    *,
-    pairs: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """Token weights of length-desensitized DPO (LD-DPO, Liu et al. 2024, arXiv:2409.06411, eq. 9).
-
-    The first tokens of a completion, as many as the shorter one of its pair has, weigh 1; those past them ld_alpha.
-
-    Args:
-        targets: [S, T], or packed [N] (or [1, N]) with cu_seqlens.
-        ld_alpha: in [0, 1].
-        pairs, cu_seqlens, ignore_index: as for `dpo_loss`.
-
-    Returns:
-        Like targets, float64.
-
-    Raises:
-        ValueError: ld_alpha outside [0, 1]; a sequence in several pairs whose shorter lengths differ.
-    """
-    if not 0 <= ld_alpha <= 1:
-        raise ValueError(f"ld_alpha must be in [0, 1], found {ld_alpha}")
-    if cu_seqlens is None and targets.dim() != 2:
-        raise ValueError(f"targets must have shape [S, T], or [N] with cu_seqlens, found {tuple(targets.shape)}")
-    if cu_seqlens is not None and looks_at_values(cu_seqlens):
-        check_cu_seqlens(cu_seqlens, targets.numel())
-    kept = targets != ignore_index
-    positions = _completion_positions(kept, cu_seqlens)
-    lengths = sum_by_sequence(kept.double(), cu_seqlens).long()
-    if pairs is None:
-        pair_count(lengths.shape[0], None)
-        shared = torch.minimum(*lengths.chunk(2)).repeat(2)
-    else:
-        if looks_at_values(pairs):  # otherwise the operator that follows does
-            pair_count(lengths.shape[0], pairs.shape)
-            check_pair_numbers(pairs, lengths.shape[0])
-        numbers = pairs.long()
-        shorter = lengths[numbers].amin(-1, keepdim=True).expand(-1, 2).reshape(-1)
-        index = numbers.reshape(-1)
-        # a sequence in no pair keeps its own length
-        shared = lengths.scatter_reduce(0, index, shorter, "amin", include_self=False)
-        largest = lengths.scatter_reduce(0, index, shorter, "amax", include_self=False)
-        if looks_at_values(pairs) and not torch.equal(shared, largest):
-            raise ValueError(
-                "ld_alpha: a sequence is in several pairs whose shorter completions have different lengths, so that "
-                "its log-prob is not one number; write such pairs out as sequences of their own"
-            )
-    tail = positions > spread_to_rows(shared, cu_seqlens, positions.shape)
-    return torch.ones(targets.shape, dtype=torch.float64, device=targets.device).masked_fill(tail, ld_alpha)
+    accurate = accurate_type(logps.device)
+    total = sum_by_sequence((logps - log_sum_sq_probs).to(accurate), cu_seqlens)
+    return torch.exp(total / sum_by_sequence(kept.to(accurate), cu_seqlens).clamp(min=1))

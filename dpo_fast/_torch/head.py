@@ -1,0 +1,122 @@
+"""The LM head on tiles of rows: logits from hidden states, and gradients from the logits' gradient.
+
+The products are torch's (`mm`, `addmm`); nothing here looks at a logit. Gradients of float16 tiles come multiplied by a
+power of 2 that keeps them in float16's range, and are in float32 until they are divided by it. Weight and bias gradients
+of several tiles are added up in float32 whatever the inputs: sums in bfloat16 over many tiles make training drift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_fast._torch.operators import Head, HeadGradients, Needs
+from dpo_fast._torch.sequences import wide_type
+
+
+def head_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
+    """Fills out [R, V] with the logits of hidden [R, H]."""
+    if head.bias is None:
+        torch.mm(hidden, head.weight.t(), out=out)
+    else:
+        torch.addmm(head.bias, hidden, head.weight.t(), out=out)
+    if head.lora_a is not None and head.lora_b is not None:
+        out.addmm_(hidden @ head.lora_a.t(), head.lora_b.t(), alpha=head.lora_scaling)
+
+
+def range_scale(grads: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """A power of 2, [], that brings the largest of float16 rows' gradients near 1; None for other types.
+
+    Without it the logits' gradients vanish, or overflow, in float16: mixed precision's loss scale may be missing so
+    far, or be large.
+    """
+    if dtype is not torch.float16:
+        return None
+    largest = torch.stack([grad.float().abs().amax() for grad in grads if grad is not None and grad.numel()]).amax()
+    scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+    return torch.where((largest > 0) & torch.isfinite(largest), scale, torch.ones_like(scale))
+
+
+def trimmed(head: Head, vocab: int) -> Head:
+    """The head without its padding: its first `vocab` rows, all for 0."""
+    if vocab in (0, head.weight.shape[0]):
+        return head
+    bias, lora_b = (None if tensor is None else tensor[:vocab] for tensor in (head.bias, head.lora_b))
+    return head._replace(weight=head.weight[:vocab], bias=bias, lora_b=lora_b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in float32 where the device can give that from half types."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        if a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8 or later
+            return torch.mm(a, b, out_dtype=torch.float32)
+        if a.dtype is torch.float16:  # its range is too small for sums over many rows
+            return torch.mm(a.float(), b.float())
+    return torch.mm(a, b)
+
+
+def _scaled(value: Tensor, scale: Tensor | float) -> Tensor:
+    return value if isinstance(scale, float) and scale == 1 else value * scale
+
+
+class HeadSums:
+    """Gradients of hidden states and head, added up over tiles.
+
+    With one tile a product is rounded to its parameter's type at once; with several, each is added to a float32 sum.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, needs: Needs, n_tiles: int, dtype: torch.dtype) -> None:
+        self.head, self.needs, self.several, self.dtype = head, needs, n_tiles > 1, dtype
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs.hidden else None
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice, scale: Tensor | float = 1.0) -> None:
+        """Adds a tile: dz [R, V] times `scale` ([], for float16) is the gradient of the logits of hidden [R, H]."""
+        head, needs = self.head, self.needs
+        if self.hidden is not None:
+            grad = _scaled(_product(dz, head.weight), scale)
+        if needs.weight:
+            self._sum("weight", dz.t(), hidden, scale)
+        if needs.bias:
+            self._put("bias", dz.sum(0, dtype=wide_type(dz.dtype)), scale)
+        if head.lora_a is not None and head.lora_b is not None:
+            if needs.lora_b:
+                self._sum("lora_b", dz.t(), hidden @ head.lora_a.t(), scale * head.lora_scaling)
+            if needs.lora_a or self.hidden is not None:
+                du = _scaled(_product(dz, head.lora_b), scale * head.lora_scaling)
+                if dz.dtype is not torch.float16:  # its range is too small for what B has made of dz
+                    du = du.to(dz.dtype)
+                if needs.lora_a:
+                    self._sum("lora_a", du.t(), hidden.to(du.dtype), 1.0)
+                if self.hidden is not None:
+                    grad = grad + du @ head.lora_a.to(du.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = grad.to(self.hidden.dtype)
+
+    def _sum(self, name: str, a: Tensor, b: Tensor, scale: Tensor | float) -> None:
+        if name in self.sums and isinstance(scale, float) and a.dtype in (torch.float32, torch.float64):
+            self.sums[name].addmm_(a, b, alpha=scale)
+        else:
+            self._put(name, _product(a, b), scale)
+
+    def _put(self, name: str, value: Tensor, scale: Tensor | float) -> None:
+        value = _scaled(value, scale)
+        if name in self.sums:
+            self.sums[name].add_(value)
+        else:
+            self.sums[name] = value.to(wide_type(value.dtype)) if self.several else value
+
+    def result(self, whole: Head) -> HeadGradients:
+        """Gradients of hidden and of the whole head, 0 for its padding, in the given type; None where not wanted."""
+        return HeadGradients(self.hidden, *[self._parameter(name, getattr(whole, name)) for name in Needs._fields[1:]])
+
+    def _parameter(self, name: str, whole: Tensor | None) -> Tensor | None:
+        if not getattr(self.needs, name) or whole is None:
+            return None
+        total = self.sums.get(name)
+        if total is not None and total.shape == whole.shape:
+            return total.to(self.dtype)
+        grad = torch.zeros_like(whole, dtype=self.dtype)
+        if total is not None:
+            grad[: total.shape[0]] = total
+        return grad
