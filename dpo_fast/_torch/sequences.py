@@ -49,6 +49,14 @@ def live_sequences(n_seqs: int, pairs: Tensor | None, pair_weights: Tensor | Non
     return counts.index_fill(0, torch.where(numbers < 0, n_seqs, numbers).reshape(-1), True)[:n_seqs]
 
 
+def live_rows(
+    targets: Tensor, kept: Tensor, cu_seqlens: Tensor | None, pairs: Tensor | None, pair_weights: Tensor | None
+) -> Tensor:
+    """Which of the rows that count are of a sequence that takes part."""
+    live = live_sequences(count_sequences(targets, cu_seqlens), pairs, pair_weights)
+    return kept if live is None else kept & spread_to_rows(live, cu_seqlens, targets.shape)
+
+
 def kept_rows(targets: Tensor, ignore_index: int, weights: Tensor | None) -> Tensor:
     """Rows that count: the target is not ignore_index and the weight is not 0."""
     kept = targets != ignore_index if ignore_index != IGNORE_NOTHING else torch.ones_like(targets, dtype=torch.bool)
