@@ -7,149 +7,76 @@ log p[s] = sum over the tokens n of sequence s of w_n log p[n]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from dpo_fast import ops
-from dpo_fast._autograd import differentiable_once, inplace_allowed, run
 from dpo_fast._checks import (
     IGNORE_NOTHING,
-    TOKEN_OUTPUTS,
+    LogitKeywords,
     LogitOptions,
-    check_logits_shape,
     check_shape,
-    check_token_outputs,
-    logit_options,
+    named_statistics,
+    number,
+    only_logit_keywords,
+    truth,
+    wanted_statistics,
 )
+from dpo_fast._torch import register  # noqa: F401  (it defines torch.ops.dpo_fast)
+from dpo_fast._torch.autograd import SequenceLogps, TokenLogps, inplace_allowed, run, wants_gradient
+from dpo_fast._torch.checks import check_device, check_integers, check_no_grad, plain_tensors
+from dpo_fast._torch.operators import Rows, SequenceForward, Sequences, TokenForward
 from dpo_fast.outputs import TokenOutput
-
-
-class _TokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        row_mask: Tensor | None,
-        options: LogitOptions,
-        want: tuple[bool, bool, bool, bool],
-        inplace_backward: bool,
-    ) -> tuple[Tensor, ...]:
-        out = ops.call("token_forward", logits, targets, row_mask, *options, *want, keep=ctx is not None)
-        logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs = out
-        if ctx is None:
-            return logps, entropy, mean_logits, is_top1, log_sum_sq_probs
-        ctx.save_for_backward(logits, targets, row_mask, logps, stats, entropy)
-        ctx.options, ctx.inplace_backward, ctx.has_entropy = options, inplace_backward, want[0]
-        ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
-        ctx.set_materialize_grads(False)
-        # copies of [N] numbers: what is saved stays whole when the caller changes the output in place
-        return logps.clone(), entropy.clone(), mean_logits, is_top1, log_sum_sq_probs
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        logits, targets, row_mask, logps, stats, entropy = ctx.saved_tensors
-        if not ctx.has_entropy:  # torch.compile gives zeros where there was no gradient
-            entropy = grad_entropy = None
-        if grad_logps is None and grad_entropy is None:
-            return (None,) * 6
-        args = (logits, targets, row_mask, *ctx.options, logps, stats, entropy, grad_logps, grad_entropy)
-        if ctx.inplace_backward:
-            ops.call("token_backward_", *args)
-            return (logits.detach(), *(None,) * 5)
-        return (ops.call("token_backward", *args), *(None,) * 5)
-
-
-class _SequenceLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        cu_seqlens: Tensor | None,
-        token_weights: Tensor | None,
-        average: bool,
-        options: LogitOptions,
-        inplace_backward: bool,
-    ) -> Tensor:
-        args = (targets, cu_seqlens, token_weights, average, *options, False)
-        out = ops.call("sequence_forward", logits, *args, keep=ctx is not None)
-        seq_logps, logps, stats, seq_saved = out
-        if ctx is None:
-            return seq_logps  # type: ignore[no-any-return]
-        ctx.save_for_backward(logits, targets, cu_seqlens, token_weights, logps, stats, seq_saved)
-        ctx.average, ctx.options, ctx.inplace_backward = average, options, inplace_backward
-        return seq_logps  # type: ignore[no-any-return]
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_seq_logps: Tensor) -> tuple[Any, ...]:
-        logits, targets, cu_seqlens, token_weights, logps, stats, seq_saved = ctx.saved_tensors
-        args = (logits, targets, cu_seqlens, token_weights, ctx.average, *ctx.options, logps, stats, grad_seq_logps)
-        args = (*args, seq_saved)
-        if ctx.inplace_backward:
-            ops.call("sequence_backward_", *args)
-            return (logits.detach(), *(None,) * 6)
-        return (ops.call("sequence_backward", *args), *(None,) * 6)
-
-
-def check_no_grad(name: str, tensor: Tensor | None) -> None:
-    """Refuses a tensor that expects a gradient which it would never get."""
-    if tensor is not None and tensor.requires_grad:
-        raise ValueError(f"{name} gets no gradient, but requires one: detach it")
 
 
 def token_logps(
     logits: Tensor,
     targets: Tensor,
     *,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     outputs: Sequence[str] = ("logps",),
     inplace_backward: bool = False,
+    **options: Unpack[LogitKeywords],
 ) -> TokenOutput:
     """Log-probability of each target under softmax(logits), and other statistics of the same rows, in one pass.
 
     Args:
         logits: [S, T, V] or packed [N, V]; float32, float64, bfloat16 or float16, any strides (views are not copied).
         targets: [S, T] or [N], integers; row t predicts targets[:, t] (see `completion_targets`).
-        ignore_index: rows with this target are not read, and give 0 and no gradient.
-        temperature, logit_scale, softcap: z = softcap * tanh(logits * logit_scale / softcap) / temperature, without
-            the tanh when softcap is None.
         outputs: names of the statistics wanted, among "logps", "entropy", "mean_logits", "is_top1",
-            "log_sum_sq_probs"; see `TokenOutput`.
+            "log_sum_sq_probs", "lse"; see `TokenOutput`. The log-probs keep every bit, whatever else is asked for.
         inplace_backward: the backward pass writes the gradient over the logits instead of allocating it. Any later
             use of the logits by autograd then raises. Under torch.compile, which has no such guard, the gradient is
             allocated.
+        options: see `LogitKeywords`: ignore_index, temperature, logit_scale, softcap, valid_vocab.
 
     Returns:
         TokenOutput of tensors in the targets' shape: float32 (float64 for float64 logits), is_top1 bool; None where
-        not asked for. logps and entropy (nats) are differentiable, once.
+        not asked for. logps, entropy and lse (nats) are differentiable, once.
 
     Raises:
         ValueError: shapes or devices that do not fit, an option out of its range.
         TypeError: logits or targets of another type.
         IndexError: a target outside [0, V) that is not ignore_index.
     """
-    check_token_outputs(outputs)
-    options = logit_options(ignore_index, temperature, logit_scale, softcap)
-    check_logits_shape(logits.shape)
-    check_shape("targets", targets.shape, logits.shape[:-1], f"to fit logits of shape {tuple(logits.shape)}")
-    want = tuple(name in outputs for name in TOKEN_OUTPUTS[1:])
-    logps, *extras = run(_TokenLogps, logits, targets, None, options, want, inplace_allowed(inplace_backward))
-    return TokenOutput(
-        logps if "logps" in outputs else None,
-        *(value if wanted else None for value, wanted in zip(extras, want, strict=True)),
-    )
+    logits, targets = plain_tensors(("logits", "targets"), (logits, targets))
+    wanted, inplace = wanted_statistics(outputs), truth("inplace_backward", inplace_backward)
+    rows = Rows(targets, None, None, only_logit_keywords("token_logps", options))
+    if targets.shape != logits.shape[:-1]:
+        check_shape("targets", targets.shape, logits.shape[:-1], "to fit logits of shape ", logits.shape)
+    keep = wants_gradient(logits)
+    logps, *found = run(TokenLogps, keep, logits, TokenForward(rows, wanted, keep), inplace_allowed(inplace))
+    by_name = {each.name: tensor for each, tensor in zip(named_statistics(wanted), found, strict=True)}
+    return TokenOutput(logps if "logps" in outputs else None, **by_name)
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """log_softmax(logits / temperature, -1) gathered at index; TRL's function of this name, fused.
 
@@ -158,32 +85,38 @@ def selective_log_softmax(
         index: (...) for one entry of each row, or (..., K) for K of them; integers.
         temperature: positive.
         row_mask: like index; entries where it is zero give 0, and rows that are zero throughout are not read.
+        dtype: of the result, a floating-point type; by default the logits' own, rounded once, as TRL's function gives
+            it. torch.float32 keeps all digits of half-precision logits.
 
     Returns:
-        Like index, float32 (float64 for float64 logits).
+        Like index.
 
     Raises:
         ValueError, TypeError, IndexError: as `token_logps`; no index is ignored, whatever its value.
     """
-    options = logit_options(IGNORE_NOTHING, temperature, 1.0, None)
+    logits, index, row_mask = plain_tensors(("logits", "index", "row_mask"), (logits, index, row_mask))
+    options = LogitOptions(IGNORE_NOTHING, number("temperature", temperature))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point type of torch, found {dtype!r}")
     if logits.dim() < 1 or index.dim() not in (logits.dim() - 1, logits.dim()):
         raise ValueError(
             f"index must have shape (...) or (..., K) to fit logits of shape {tuple(logits.shape)}, found "
             f"{tuple(index.shape)}"
         )
     gathers_one = index.dim() == logits.dim() - 1
-    ops.check_integers("index", index)
+    check_integers("index", index)
     lead = logits.shape[:-1]
     check_shape("index", index.shape, lead if gathers_one else (*lead, index.shape[-1]), "to fit the logits")
-    if row_mask is not None:
-        check_shape("row_mask", row_mask.shape, index.shape, "as index has")
+    check_device("index", index, logits)
     rows_kept = None
     if row_mask is not None:
+        check_shape("row_mask", row_mask.shape, index.shape, "as index has")
+        check_device("row_mask", row_mask, logits)
         index = index.long()
         rows_kept = row_mask != 0 if gathers_one else (row_mask != 0).any(-1)
         if not gathers_one:  # an entry masked out may hold any index
             index = index.masked_fill(row_mask == 0, 0)
-    shape = index.shape
+    shape, own = index.shape, dtype or logits.dtype
     if logits.dim() == 1:
         logits, index = logits.unsqueeze(0), index.unsqueeze(0)
         rows_kept = None if rows_kept is None else rows_kept.unsqueeze(0)
@@ -191,10 +124,12 @@ def selective_log_softmax(
         logits = logits.flatten(0, -2)
         index = index.flatten() if gathers_one else index.flatten(0, -2)
         rows_kept = None if rows_kept is None else rows_kept.flatten()
-    logps = run(_TokenLogps, logits, index, rows_kept, options, (False,) * 4, False)[0].reshape(shape)
+    keep = wants_gradient(logits)
+    a = TokenForward(Rows(index, rows_kept, None, options), 0, keep)
+    logps = run(TokenLogps, keep, logits, a, False)[0].reshape(shape)
     if row_mask is not None and not gathers_one:
         logps = logps.masked_fill(row_mask == 0, 0)
-    return logps  # type: ignore[no-any-return]
+    return logps.to(own)  # type: ignore[no-any-return]
 
 
 def sequence_logps(
@@ -204,11 +139,8 @@ def sequence_logps(
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
     average: bool = False,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     inplace_backward: bool = False,
+    **options: Unpack[LogitKeywords],
 ) -> Tensor:
     """Log-probability of each sequence: the (weighted) sum or mean of its tokens' log-probabilities, in one call.
 
@@ -218,7 +150,7 @@ def sequence_logps(
         cu_seqlens: [S + 1] integers, rising from 0 to N: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1].
         token_weights: like targets; multiplies each token's log-prob. A token of weight 0 is ignored. No gradient.
         average: divide by the sum of the weights of the tokens that count (without weights, their number).
-        ignore_index, temperature, logit_scale, softcap, inplace_backward: as for `token_logps`.
+        inplace_backward, options: as for `token_logps`.
 
     Returns:
         [S], float32 (float64 for float64 logits), differentiable once. A sequence whose tokens are all ignored has
@@ -227,8 +159,10 @@ def sequence_logps(
     Raises:
         ValueError, TypeError, IndexError: as `token_logps`; also for cu_seqlens that does not rise from 0 to N.
     """
+    names = ("logits", "targets", "cu_seqlens", "token_weights")
+    logits, targets, cu_seqlens, token_weights = plain_tensors(names, (logits, targets, cu_seqlens, token_weights))
     check_no_grad("token_weights", token_weights)
-    options = logit_options(ignore_index, temperature, logit_scale, softcap)
-    return run(  # type: ignore[no-any-return]
-        _SequenceLogps, logits, targets, cu_seqlens, token_weights, average, options, inplace_allowed(inplace_backward)
-    )
+    rows = Rows(targets, None, token_weights, only_logit_keywords("sequence_logps", options))
+    keep, inplace = wants_gradient(logits), truth("inplace_backward", inplace_backward)
+    a = SequenceForward(rows, Sequences(cu_seqlens, truth("average", average)), False, keep)
+    return run(SequenceLogps, keep, logits, a, inplace_allowed(inplace))  # type: ignore[no-any-return]

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_fast._arguments import KernelGrads, KernelLosses, KernelOut, KernelPairs, KernelRows, KernelSaved, KernelSequences
+from dpo_fast._arguments import (
+    KernelGrads,
+    KernelLosses,
+    KernelOut,
+    KernelPairs,
+    KernelRows,
+    KernelSaved,
+    KernelSequences,
+)
 from dpo_fast._checks import STATISTIC_BITS
 from dpo_fast._torch.checks import LOGIT_TYPES
 from dpo_fast._torch.operators import PLAIN, Grads, Pairs, PreferenceResult, Rows, Saved, Sequences
@@ -69,7 +77,9 @@ class Addresses:
 
     def pairs(self, pairs: Pairs, n_pairs: int) -> KernelPairs:
         """Pairs and their numbers."""
-        numbers = tuple([self(name, x, torch.float64) for name, x in zip(pairs.numbers._fields, pairs.numbers, strict=True)])
+        numbers = tuple(
+            [self(name, x, torch.float64) for name, x in zip(pairs.numbers._fields, pairs.numbers, strict=True)]
+        )
         baseline = self("baseline", pairs.baseline, torch.float64)
         return KernelPairs(self("pairs", pairs.pairs, torch.int64), n_pairs, pairs.divisor, baseline, numbers)
 

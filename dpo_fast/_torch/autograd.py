@@ -180,15 +180,16 @@ class DPOLoss(torch.autograd.Function):
     """Loss, losses, sequence log-probs, rewards, and the token statistics wanted after the token log-probs, from logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, a: DPOForward, inplace_backward: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, logits: Tensor, a: DPOForward, inplace_backward: bool, tokens_too: bool
+    ) -> tuple[Tensor, ...]:
         losses, seq_logps, (logps, stats, statistics), seq_saved = call(DPO_FORWARD, logits, a)
         loss, each, chosen_rewards, rejected_rewards, pair_grads = losses
-        # log-probs of tokens are given away only beside other statistics; theirs is a copy, as above
-        tokens = [logps.clone() if ctx is not None else logps, *statistics] if a.wanted else []
+        tokens = [logps.clone() if ctx is not None else logps, *statistics] if tokens_too else []
         if ctx is not None:
             ctx.wanted, ctx.inplace_backward = a.wanted, inplace_backward
             _save(ctx, logits, a, a.pairs, Saved(logps, stats, None, pair_grads, seq_saved))
-            others = [t for name, t in zip(named_statistics(a.wanted), statistics, strict=True) if name.name != "lse"]
+            others = [t for each, t in zip(named_statistics(a.wanted), statistics, strict=True) if each.name != "lse"]
             ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *tokens[:1], *others)
         return loss, each, seq_logps, chosen_rewards, rejected_rewards, *tokens
 
@@ -200,8 +201,8 @@ class DPOLoss(torch.autograd.Function):
         lse = _differentiable(ctx.wanted, others[3:]).get("lse") if ctx.wanted else None
         grad = Grads(lse=lse, seq_logps=seq_logps, loss=loss, losses=losses)
         if all(g is None for g in grad):
-            return None, None, None
-        return _logits_gradient(ctx, grad), None, None
+            return None, None, None, None
+        return _logits_gradient(ctx, grad), None, None, None
 
 
 # --- from log-probs ---------------------------------------------------------------------------------------------------
@@ -296,15 +297,17 @@ class LinearDPOLoss(torch.autograd.Function):
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         a: LinearDPOForward,
+        tokens_too: bool,
     ) -> tuple[Tensor, ...]:
         a = a._replace(head=a.head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b))
         losses, seq_logps, (logps, stats, statistics), grads = call(LINEAR_DPO_FORWARD, hidden, a)
         loss, each, chosen_rewards, rejected_rewards, pair_grads = losses
-        tokens = [logps if ctx is None else logps.clone(), *statistics] if a.wanted else []
+        tokens = [logps if ctx is None else logps.clone(), *statistics] if tokens_too else []
         if ctx is not None:
             _save_head(ctx, hidden, a, Saved(logps, stats, None, pair_grads, None))
-            lse = dict(zip([each.name for each in named_statistics(a.wanted)], statistics, strict=True)).get("lse")
-            ctx.lse, ctx.a = lse, a._replace(head=None, rows=None)
+            # the z-loss is read off lse again where the gradients are not made in forward
+            ctx.lse = statistics[-1] if a.wanted & STATISTIC_BITS["lse"] else None
+            ctx.a, ctx.n_seqs = a._replace(head=None, rows=None), seq_logps.shape[0]
             ctx.grads = list(grads) if any(a.need) else None
             ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *tokens)
         return loss, each, seq_logps, chosen_rewards, rejected_rewards, *tokens
@@ -315,12 +318,12 @@ class LinearDPOLoss(torch.autograd.Function):
         ctx: Any, loss: Tensor | None, losses: Tensor | None, seq_logps: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
         if loss is None and losses is None and seq_logps is None:
-            return (None,) * 6
+            return (None,) * 7
         grads, ctx.grads = ctx.grads, None
         if grads is not None and loss is not None and losses is None and seq_logps is None:
-            return (*_early_gradients(ctx, grads, loss), None)
+            return (*_early_gradients(ctx, grads, loss), None, None)
         del grads
-        return (*_head_gradient(ctx, _token_gradients(ctx, loss, losses, seq_logps), None, True), None)
+        return (*_head_gradient(ctx, _token_gradients(ctx, loss, losses, seq_logps), None, True), None, None)
 
 
 def _early_gradients(ctx: Any, grads: list[Tensor | None], loss: Tensor) -> list[Tensor | None]:

@@ -73,7 +73,9 @@ def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
     if pairs is not None or g.seq_logps is not None:
         seqs = at.sequences(a.seqs, count_sequences(a.rows.targets, a.seqs.cu_seqlens))
     threads = torch.get_num_threads()
-    _cpu.backward(at.rows(logits, a.rows), seqs, pairs, threads, at.saved(a.saved, wide), at.grads(g, wide), gradient(grad))
+    _cpu.backward(
+        at.rows(logits, a.rows), seqs, pairs, threads, at.saved(a.saved, wide), at.grads(g, wide), gradient(grad)
+    )
 
 
 def preference_forward(logps: Tensor, a: PreferenceForward) -> PreferenceResult:

@@ -134,7 +134,9 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
     )
     buffer = hidden.new_empty((plan.buffer_rows, vocab)) if a.buffer is None else a.buffer
     if buffer.shape[0] < plan.buffer_rows or buffer.shape[1] != vocab:
-        raise ValueError(f"buffer must be as forward left it, [{plan.buffer_rows}, {vocab}], found {tuple(buffer.shape)}")
+        raise ValueError(
+            f"buffer must be as forward left it, [{plan.buffer_rows}, {vocab}], found {tuple(buffer.shape)}"
+        )
     tiles = tile_bounds(plan)
     sums = HeadSums(head, x, a.need, len(tiles), hidden.dtype)
     scale = range_scale(incoming, hidden.dtype)
@@ -306,7 +308,9 @@ def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
         if a.wpo:
             cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
             log_sum_sq = statistics["log_sum_sq_probs"].view(-1)[rows]
-            seq_weights = wpo_weights(tokens.logps[rows], log_sum_sq, torch.ones_like(rows, dtype=torch.bool), cu_seqlens)
+            seq_weights = wpo_weights(
+                tokens.logps[rows], log_sum_sq, torch.ones_like(rows, dtype=torch.bool), cu_seqlens
+            )
         pairs = _Group(a, batch, group)
         found = pairs.losses(values, batch.loss, seq_weights, hidden.dtype is not torch.float64)
         for all_pairs, value in zip(out.losses[1:], found[1:], strict=True):

@@ -298,7 +298,9 @@ def flatten(record: Any) -> Iterator[Any]:
 
 def parse(record: Any, values: Iterator[Any]) -> Any:
     """The record whose flattened fields these are."""
-    return record._make([parse(kind, values) if _is_record(kind) else next(values) for kind in _fields(record).values()])
+    return record._make(
+        [parse(kind, values) if _is_record(kind) else next(values) for kind in _fields(record).values()]
+    )
 
 
 class Operator(NamedTuple):
