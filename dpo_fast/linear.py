@@ -16,35 +16,53 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from dpo_fast import linear_ops, ops  # noqa: F401  (they define torch.ops.dpo_fast)
-from dpo_fast._autograd import differentiable_once
 from dpo_fast._checks import (
-    TOKEN_OUTPUTS,
+    STATISTIC_BITS,
+    LogitKeywords,
     LogitOptions,
-    check_token_outputs,
-    logit_options,
+    named_statistics,
+    number,
+    only_logit_keywords,
+    split_logit_keywords,
+    truth,
+    wanted_statistics,
 )
-from dpo_fast._coupled import sides
-from dpo_fast._head import (
-    LinearPlan,
-    default_budget,
-    plan_rows,
-)
-from dpo_fast._loss_options import Loss, LossKeywords, LossOptions, LossType
-from dpo_fast._sequences import kept_rows, spread_to_rows, sum_by_sequence, token_factors, wpo_weights
-from dpo_fast._zero3 import gathered
-from dpo_fast.logps import check_no_grad
-from dpo_fast.losses import (
-    baseline_tensor,
-    check_loss_outputs,
-    check_tensors,
-    checked_loss,
-    loss_pairs,
-    losses_of_log_probs,
-    reduced_output,
+from dpo_fast._loss.coupled import sides
+from dpo_fast._loss.levels import (
+    Choice,
+    choose,
+    loss_statistics,
+    output,
+    reduced,
     token_weights_of,
+    with_pairs,
     with_tokens,
+    with_z_loss,
 )
+from dpo_fast._loss.options import LossType
+from dpo_fast._torch import register  # noqa: F401  (it defines torch.ops.dpo_fast)
+from dpo_fast._torch.autograd import LinearDPOLoss, LinearTokenLogps, PreferenceLoss, run, wants_gradient
+from dpo_fast._torch.checks import check_no_grad, check_sequences, plain_tensor, plain_tensors
+from dpo_fast._torch.operators import (
+    Head,
+    LinearDPOForward,
+    LinearTokenForward,
+    Needs,
+    PreferenceForward,
+    Rows,
+    Sequences,
+)
+from dpo_fast._torch.sequences import (
+    accurate_type,
+    count_targets,
+    kept_rows,
+    sum_by_sequence,
+    token_factors,
+    wpo_weights,
+)
+from dpo_fast._torch.tiles import LinearPlan, default_budget, plan_rows
+from dpo_fast._torch.zero3 import gathered
+from dpo_fast.losses import DPOKeywords
 from dpo_fast.outputs import DPOOutput, TokenOutput
 
 Lora = tuple[Tensor, Tensor, float]
@@ -68,171 +86,41 @@ def linear_plan(
     return plan_rows(n_rows, vocab, dtype.itemsize, budget, requires_grad)
 
 
-# --- autograd ---------------------------------------------------------------------------------------------------------
-
-
-def _optional(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-
-
-class _LinearTokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        lora_scaling: float,
-        targets: Tensor,
-        options: LogitOptions,
-        want: tuple[bool, ...],
-        budget: int,
-        compact: bool,
-        keep: bool,
-    ) -> tuple[Tensor, ...]:
-        head = (hidden, weight, bias, lora_a, lora_b, lora_scaling, targets)
-        out = torch.ops.dpo_fast.linear_token_forward(*head, *options, *want, budget, keep, compact)
-        logps, stats, entropy, mean_logits, is_top1, log_sum_sq_probs, buffer = out
-        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, targets, logps, stats, entropy)
-        ctx.buffer = buffer if keep else None
-        ctx.lora_scaling, ctx.options, ctx.budget, ctx.compact = lora_scaling, options, budget, compact
-        ctx.has_entropy = want[0]
-        ctx.mark_non_differentiable(mean_logits, is_top1, log_sum_sq_probs)
-        ctx.set_materialize_grads(False)
-        return logps.clone(), entropy.clone(), mean_logits, is_top1, log_sum_sq_probs
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        hidden, weight, bias, lora_a, lora_b, targets, logps, stats, entropy = ctx.saved_tensors
-        if not ctx.has_entropy:
-            entropy = grad_entropy = None
-        if grad_logps is None and grad_entropy is None:
-            return (None,) * 12
-        needs = ctx.needs_input_grad[:5]
-        # the kept logits are written over: a second backward makes them again
-        buffer, ctx.buffer = ctx.buffer, None
-        with gathered(weight, bias, lora_a, lora_b):
-            grads = torch.ops.dpo_fast.linear_token_backward(
-                hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, entropy,
-                buffer, grad_logps, grad_entropy, ctx.budget, ctx.compact, *needs,
-            )  # fmt: skip
-        return (*_optional(grads, needs), *(None,) * 7)
-
-
-class _LinearDPOLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        lora_scaling: float,
-        targets: Tensor,
-        ref_logps: Tensor | None,
-        cu_seqlens: Tensor | None,
-        token_weights: Tensor | None,
-        pairs: Tensor | None,
-        pair_weights: Tensor | None,
-        baseline: Tensor | None,
-        options: LogitOptions,
-        loss_options: LossOptions,
-        divisor: float,
-        wpo: bool,
-        want: tuple[bool, bool, bool, bool],
-        budget: int,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:
-        average = loss_options.average
-        out = torch.ops.dpo_fast.linear_dpo_forward(
-            hidden, weight, bias, lora_a, lora_b, lora_scaling, targets, ref_logps, cu_seqlens, token_weights, average,
-            pairs, pair_weights, baseline, *options, *loss_options, divisor, wpo, *want[1:], budget, *needs,
-        )  # fmt: skip
-        loss, losses, chosen_rewards, rejected_rewards, seq_logps, logps, stats, pair_grads = out[:8]
-        extras, grads = out[8:11], out[11:]
-        ctx.save_for_backward(
-            hidden, weight, bias, lora_a, lora_b, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads
-        )
-        ctx.lora_scaling, ctx.average, ctx.options, ctx.divisor = lora_scaling, average, options, divisor
-        ctx.budget, ctx.n_seqs = budget, seq_logps.shape[0]
-        ctx.grads = list(grads) if any(needs) else None
-        tokens = logps.clone() if want[0] else logps.new_empty(0)
-        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, tokens, *extras)
-        ctx.set_materialize_grads(False)
-        return loss, losses, seq_logps, chosen_rewards, rejected_rewards, tokens, *extras
-
-    @staticmethod
-    @differentiable_once
-    def backward(
-        ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_seq_logps: Tensor | None, *_: Any
-    ) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        hidden, weight, bias, lora_a, lora_b, targets, cu_seqlens, token_weights, pairs, logps, stats, pair_grads = (
-            saved
-        )
-        needs = ctx.needs_input_grad[:5]
-        if grad_loss is None and grad_losses is None and grad_seq_logps is None:
-            return (None,) * 20
-        grads, ctx.grads = ctx.grads, None
-        if grads is not None and grad_loss is not None and grad_losses is None and grad_seq_logps is None:
-            # made in forward, for a gradient of 1
-            if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
-                grads = [grad.mul_(grad_loss) for grad in grads]
-            grads = [grad.to(hidden.dtype) for grad in grads]
-            return (*_optional(grads, needs), *(None,) * 15)
-        del grads
-        like = logps.new_empty(ctx.n_seqs)
-        g = torch.ops.dpo_fast.preference_backward(like, pairs, ctx.divisor, pair_grads, grad_loss, grad_losses)
-        if grad_seq_logps is not None:
-            g = g + grad_seq_logps
-        kept = kept_rows(targets, ctx.options.ignore_index, token_weights)
-        factors = token_factors(kept, token_weights, cu_seqlens, ctx.average, logps.dtype)
-        grad_logps = factors * spread_to_rows(g, cu_seqlens, factors.shape)
-        targets = targets.masked_fill(~kept, ctx.options.ignore_index)
-        with gathered(weight, bias, lora_a, lora_b):
-            out = torch.ops.dpo_fast.linear_token_backward(
-                hidden, weight, bias, lora_a, lora_b, ctx.lora_scaling, targets, *ctx.options, logps, stats, None,
-                None, grad_logps, None, ctx.budget, True, *needs,
-            )  # fmt: skip
-        return (*_optional(out, needs), *(None,) * 15)
-
-
-# --- public functions -------------------------------------------------------------------------------------------------
-
-
-def gather(tensor: Any) -> Any:
-    """A sharded parameter (DTensor, FSDP2) as a whole tensor, gathered once.
+def gather(name: str, tensor: Any) -> Any:
+    """A sharded parameter (DTensor, FSDP2) as a whole tensor, gathered once; others as plain tensors.
 
     Ranks hold different data: its gradient is averaged over them and scattered, as FSDP does with its own parameters.
     """
-    if tensor is None or not hasattr(tensor, "full_tensor"):
-        return tensor
+    if tensor is None:
+        return None
+    if not hasattr(tensor, "full_tensor"):
+        return plain_tensor(name, tensor)
     from torch.distributed.tensor import Partial
 
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+
+
+_PARAMETERS = ("weight", "bias", "lora A", "lora B")
 
 
 def _prepare(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """The inputs as the operators take them: gathered where sharded, in autocast's type where that is on."""
+    if lora is not None and not (isinstance(lora, (tuple, list)) and len(lora) == 3):
+        raise TypeError(f"lora must be (A, B, scaling), found {lora!r}")
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
-    tensors: list[Any] = [hidden, *(gather(tensor) for tensor in (weight, bias, lora_a, lora_b))]
+    if weight is None:
+        raise TypeError("weight must be a tensor, found None")
+    parameters = [gather(name, x) for name, x in zip(_PARAMETERS, (weight, bias, lora_a, lora_b), strict=True)]
+    tensors: list[Any] = [hidden, *parameters]
     kind = hidden.device.type
     # the compiler of torch 2.6 does not trace the first question
     if (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     x, w, b, a_, b_ = tensors
-    return x, w, b, a_, b_, float(scaling)
-
-
-def _any_requires_grad(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    return x, w, b, a_, b_, number("lora scaling", scaling)
 
 
 def linear_token_logps(
@@ -242,13 +130,10 @@ def linear_token_logps(
     bias: Tensor | None = None,
     *,
     lora: Lora | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     outputs: Sequence[str] = ("logps",),
     memory_budget: int | None = None,
     compact: bool = True,
+    **options: Unpack[LogitKeywords],
 ) -> TokenOutput:
     """`token_logps` of logits = hidden @ weight.T + bias, which are never built whole.
 
@@ -258,7 +143,7 @@ def linear_token_logps(
         targets: [S, T] or [N], integers; row t predicts targets[:, t] (see `completion_targets`).
         bias: [V].
         lora: (A [r, H], B [V, r], scaling): adds scaling * (hidden @ A.T) @ B.T to the logits.
-        ignore_index, temperature, logit_scale, softcap, outputs: as for `token_logps`.
+        outputs, options: as for `token_logps`.
         memory_budget: bytes for tiles of logits (default 256 MiB on the CPU, 1 GiB elsewhere; at least 32 rows are
             taken at a time). Logits that fit stay until backward, the rest is computed again; see `linear_plan`.
         compact: drop ignored rows before the products. False keeps all shapes independent of the data and reads nothing
@@ -271,18 +156,34 @@ def linear_token_logps(
     Raises:
         ValueError, TypeError, IndexError: as `token_logps`, also for a head that does not fit hidden.
     """
-    check_token_outputs(outputs)
-    options = logit_options(ignore_index, temperature, logit_scale, softcap)
-    budget = default_budget(hidden.device, memory_budget)
-    want = tuple(name in outputs for name in TOKEN_OUTPUTS[1:])
+    hidden, targets = plain_tensors(("hidden", "targets"), (hidden, targets))
+    rows = Rows(targets, None, None, only_logit_keywords("linear_token_logps", options))
+    found = _tokens(hidden, weight, bias, lora, rows, wanted_statistics(outputs), memory_budget, compact)
+    return TokenOutput(**{name: found[name] for name in found if name != "logps" or "logps" in outputs})
+
+
+def _tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None,
+    rows: Rows,
+    wanted: int,
+    memory_budget: int | None,
+    compact: bool,
+) -> dict[str, Tensor]:
+    """Token log-probs and the statistics wanted, by name; rows of weight 0 do not count."""
+    budget, compact = default_budget(hidden.device, memory_budget), truth("compact", compact)
     with gathered(weight, bias, *(lora or ())):
-        head = _prepare(hidden, weight, bias, lora)
-        keep = _any_requires_grad(*head)
-        logps, *extras = _LinearTokenLogps.apply(*head, targets, options, want, budget, compact, keep)
-    return TokenOutput(
-        logps if "logps" in outputs else None,
-        *(value if wanted else None for value, wanted in zip(extras, want, strict=True)),
-    )
+        *tensors, scaling = _prepare(hidden, weight, bias, lora)
+        keep = wants_gradient(*tensors)
+        head = Head(None, None, None, None, scaling)  # type: ignore[arg-type]
+        # torch.compile's answer above is yes in any case; logits are kept for a backward that really follows
+        follows = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        a = LinearTokenForward(head, rows, wanted, budget, follows, compact)
+        found = run(LinearTokenLogps, keep, *tensors, a)
+    names = ("logps", *(each.name for each in named_statistics(wanted)))
+    return dict(zip(names, found, strict=True))
 
 
 def linear_sequence_logps(
@@ -295,12 +196,9 @@ def linear_sequence_logps(
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
     average: bool = False,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     memory_budget: int | None = None,
     compact: bool = True,
+    **options: Unpack[LogitKeywords],
 ) -> Tensor:
     """`sequence_logps` of logits = hidden @ weight.T + bias, which are never built whole.
 
@@ -312,87 +210,76 @@ def linear_sequence_logps(
     Raises:
         ValueError, TypeError, IndexError: as these.
     """
-    tokens, sums = _linear_sequence_sums(
-        hidden,
-        weight,
-        targets,
-        bias,
-        lora=lora,
-        cu_seqlens=cu_seqlens,
-        token_weights=token_weights,
-        average=average,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        memory_budget=memory_budget,
-        compact=compact,
-    )
-    return sums.to(tokens.logps.dtype)
-
-
-def _linear_sequence_sums(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *,
-    cu_seqlens: Tensor | None,
-    token_weights: Tensor | None,
-    average: bool,
-    ignore_index: int,
-    **options: Any,
-) -> tuple[TokenOutput, Tensor]:
-    """Token log-probs (with what else is in `outputs`) and their sums over sequences, these in float64."""
+    names = ("hidden", "targets", "cu_seqlens", "token_weights")
+    hidden, targets, cu_seqlens, token_weights = plain_tensors(names, (hidden, targets, cu_seqlens, token_weights))
     check_no_grad("token_weights", token_weights)
-    ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
-    kept = kept_rows(targets, ignore_index, token_weights)
-    tokens = linear_token_logps(
-        hidden, weight, targets.masked_fill(~kept, ignore_index), bias, ignore_index=ignore_index, **options
-    )
-    factors = token_factors(kept, token_weights, cu_seqlens, average, torch.float64)
-    return tokens, sum_by_sequence(tokens.logps.double() * factors, cu_seqlens)
+    rows = Rows(targets, None, token_weights, only_logit_keywords("linear_sequence_logps", options))
+    seqs = Sequences(cu_seqlens, truth("average", average))
+    tokens, sums = _sums(hidden, weight, bias, lora, rows, seqs, 0, memory_budget, compact)
+    return sums.to(tokens["logps"].dtype)
 
 
-def _uncompacted_loss(
+def _sums(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
     bias: Tensor | None,
-    loss: Loss,
-    ref_logps: Tensor | None,
-    cu_seqlens: Tensor | None,
-    weights: Tensor | None,
+    lora: Lora | None,
+    rows: Rows,
+    seqs: Sequences,
+    wanted: int,
+    memory_budget: int | None,
+    compact: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Token log-probs and statistics, and the log-probs' sums over sequences, these in float64."""
+    check_sequences(hidden, rows, seqs, "hidden")
+    tokens = _tokens(hidden, weight, bias, lora, rows, wanted, memory_budget, compact)
+    kept, accurate = (
+        kept_rows(rows.targets, rows.options.ignore_index, rows.token_weights),
+        accurate_type(hidden.device),
+    )
+    factors = token_factors(kept, rows.token_weights, seqs.cu_seqlens, seqs.average, accurate)
+    return tokens, sum_by_sequence(tokens["logps"].to(accurate) * factors, seqs.cu_seqlens)
+
+
+def _level_by_level(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None,
+    rows: Rows,
+    seqs: Sequences,
+    choice: Choice,
     pairs: Tensor | None,
-    pair_weights: Tensor | None,
-    baseline: Tensor | None,
-    ignore_index: int,
+    ref_logps: Tensor | None,
     wpo: bool,
+    wanted: int,
     outputs: Sequence[str],
-    **options: Any,
+    memory_budget: int | None,
 ) -> DPOOutput:
-    """The loss level by level, with shapes that depend on no value: what `compact=False` asks for."""
-    names = {"logps", *outputs} | ({"log_sum_sq_probs"} if wpo else set())
-    tokens, sums = _linear_sequence_sums(
-        hidden, weight, targets, bias, cu_seqlens=cu_seqlens, token_weights=weights, average=loss.options.average,
-        ignore_index=ignore_index, outputs=tuple(names), compact=False, **options,
-    )  # fmt: skip
-    wide = tokens.logps.dtype
-    if ops.rounds_sums(hidden, ref_logps):
-        sums = sums.float().double()
-    n_pairs = ops.check_pairs(hidden, sums.shape[0], pairs, ref_logps, pair_weights, baseline)
+    """The loss level by level, with shapes that depend on no value: for `compact=False`."""
+    all_wanted = wanted | (STATISTIC_BITS["log_sum_sq_probs"] if wpo else 0)
+    tokens, sums = _sums(hidden, weight, bias, lora, rows, seqs, all_wanted, memory_budget, False)
+    targets, ignore_index = rows.targets, rows.options.ignore_index
+    kept = kept_rows(targets, ignore_index, rows.token_weights)
+    operand = choice.pairs(pairs)
     if wpo:
-        kept = kept_rows(targets, ignore_index, weights)
-        each = wpo_weights(tokens.logps.detach(), tokens.log_sum_sq_probs, kept, cu_seqlens)
+        n_pairs = sums.shape[0] // 2 if pairs is None else pairs.shape[0]
+        each = wpo_weights(tokens["logps"].detach(), tokens["log_sum_sq_probs"], kept, seqs.cu_seqlens)
         chosen, rejected = sides(each, n_pairs, pairs)
-        pair_weights = chosen * rejected if pair_weights is None else chosen * rejected * pair_weights
-    lengths = sum_by_sequence((targets != ignore_index).double(), cu_seqlens)
-    found = losses_of_log_probs(sums, ref_logps, lengths, pairs, pair_weights, baseline, loss)
-    reduced, losses, chosen_rewards, rejected_rewards, logps = (value.to(wide) for value in (*found, sums))
-    out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
-    nothing = logps.new_empty(0)
-    statistics = [nothing if value is None else value.detach() for value in tokens[:4]]
-    return with_tokens(out, outputs, statistics, targets, ignore_index, weights, cu_seqlens)
+        weights, given = chosen * rejected, choice.numbers.pair_weights
+        if given is not None:  # a weight of 0 also against NaN
+            weights = torch.where(given == 0, torch.zeros_like(weights), weights * given)
+        operand = operand._replace(numbers=operand.numbers._replace(pair_weights=weights))
+    lengths = count_targets(targets, seqs.cu_seqlens, ignore_index)
+    keep = wants_gradient(sums)
+    a = PreferenceForward(operand, ref_logps, lengths, hidden.dtype is not torch.float64, keep)
+    wide = tokens["logps"].dtype
+    loss, losses, *rewards = (value.to(wide) for value in run(PreferenceLoss, keep, sums, a))
+    out = output((loss, losses, sums.to(wide), *rewards), choice, pairs)
+    names = [each.name for each in named_statistics(wanted)]
+    statistics = [tokens["logps"].detach(), *(tokens[name] for name in names)]
+    out = with_tokens(out, wanted, outputs, statistics, targets, kept, seqs.cu_seqlens)
+    return with_z_loss(out, tokens["lse"], choice, targets, kept, seqs) if choice.loss.z_loss_weight else out
 
 
 def linear_dpo_loss(
@@ -406,7 +293,7 @@ def linear_dpo_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
     pairs: Tensor | None = None,
@@ -419,14 +306,10 @@ def linear_dpo_loss(
     wpo: bool = False,
     average: bool | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     outputs: Sequence[str] = (),
     memory_budget: int | None = None,
     compact: bool = True,
-    **options: Unpack[LossKeywords],
+    **options: Unpack[DPOKeywords],
 ) -> DPOOutput:
     """`dpo_loss` of logits = hidden @ weight.T + bias, which are never built whole.
 
@@ -447,32 +330,25 @@ def linear_dpo_loss(
     Raises:
         ValueError, TypeError, IndexError: as `dpo_loss` and `linear_token_logps`.
     """
-    check_tensors(
-        hidden=hidden, weight=weight, targets=targets, ref_logps=ref_logps, ref_hidden=ref_hidden, pairs=pairs,
-        pair_weights=pair_weights, desirable=desirable, cu_seqlens=cu_seqlens, token_weights=token_weights,
-    )  # fmt: skip
-    logit_opts = logit_options(ignore_index, temperature, logit_scale, softcap)
-    loss = checked_loss(
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        average=average,
-        reduction=reduction,
-        with_reference=ref_logps is not None or ref_hidden is not None,
-        with_pair_weights=pair_weights is not None,
-        with_baseline=baseline is not None,
-        with_token_weights=token_weights is not None or ld_alpha is not None,
-        wpo=wpo,
-        **options,
+    hidden, targets, ref_logps, ref_hidden, pairs, pair_weights, desirable, cu_seqlens, token_weights = plain_tensors(
+        _TENSORS, (hidden, targets, ref_logps, ref_hidden, pairs, pair_weights, desirable, cu_seqlens, token_weights)
     )
-    want = check_loss_outputs(outputs)
-    if loss.unpaired or desirable is not None or ld_alpha is not None:
-        n_seqs = ops.check_sequence_arguments(hidden, targets, cu_seqlens, token_weights, "hidden")
-        pairs = loss_pairs(loss, n_seqs, pairs, desirable, hidden.device)
-        ops.check_pairs(hidden, n_seqs, pairs)
-    looks_at_all = wpo or bool(outputs)
-    weights = token_weights_of(loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, ignore_index, looks_at_all)
-    check_no_grad("pair_weights", pair_weights)
+    logit_options, keywords = split_logit_keywords(options), dict[str, Any](options)  # type: ignore[arg-type]
+    wpo, compact, wanted = truth("wpo", wpo), truth("compact", compact), loss_statistics(outputs)
+    choice = choose(
+        keywords, hidden, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,
+        ref_logps if ref_hidden is None else ref_hidden, loss_type=loss_type, label_smoothing=label_smoothing,
+        average=average, wpo=wpo,
+    )  # fmt: skip
+    loss, seqs = choice.loss, Sequences(cu_seqlens, choice.loss.options.average)
+    rows = Rows(targets, None, token_weights, logit_options)
+    if loss.unpaired or desirable is not None or ld_alpha is not None or choice.numbers.pair_beta is not None:
+        n_seqs = check_sequences(hidden, rows, seqs, "hidden")
+        choice, pairs = with_pairs(choice, n_seqs, pairs, desirable, hidden)
+    weights = token_weights_of(
+        loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, logit_options.ignore_index, wpo or bool(outputs)
+    )
+    rows = rows._replace(token_weights=weights)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden")
     if ref_hidden is not None:
@@ -480,57 +356,37 @@ def linear_dpo_loss(
             raise ValueError("ref_logps and ref_hidden exclude each other: give one of them")
         with torch.no_grad():
             # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
-            _, ref_logps = _linear_sequence_sums(
-                ref_hidden,
-                weight if ref_weight is None else ref_weight,
-                targets,
-                ref_bias,
-                cu_seqlens=cu_seqlens,
-                token_weights=weights,
-                average=loss.options.average,
-                ignore_index=ignore_index,
-                temperature=temperature,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                memory_budget=memory_budget,
-                compact=compact,
-            )
+            reference = weight if ref_weight is None else ref_weight
+            _, ref_logps = _sums(ref_hidden, reference, ref_bias, None, rows, seqs, 0, memory_budget, compact)
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
+    z_loss = loss.z_loss_weight > 0
+    all_wanted = wanted | (STATISTIC_BITS["lse"] if z_loss else 0)
     if not compact:
-        head_options = {"lora": lora, "memory_budget": memory_budget}
-        logit_keywords = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-        out = _uncompacted_loss(
-            hidden, weight, targets, bias, loss, ref_logps, cu_seqlens, weights, pairs, pair_weights,
-            baseline_tensor(baseline, hidden), ignore_index, wpo, outputs, **head_options, **logit_keywords,
-        )  # fmt: skip
-        return reduced_output(out, loss, ref_logps, pair_weights, reduction)
+        out = _level_by_level(
+            hidden, weight, bias, lora, rows, seqs, choice, pairs, ref_logps, wpo, all_wanted, outputs, memory_budget
+        )
+        return reduced(out, choice, ref_logps)
     budget = default_budget(hidden.device, memory_budget)
     with gathered(weight, bias, *(lora or ())):
-        head = _prepare(hidden, weight, bias, lora)
+        *tensors, scaling = _prepare(hidden, weight, bias, lora)
         grad = torch.is_grad_enabled()
-        needs = tuple(grad and isinstance(t, Tensor) and t.requires_grad for t in head[:5])
-        reduced, losses, logps, chosen_rewards, rejected_rewards, *tokens = _LinearDPOLoss.apply(
-            *head,
-            targets,
-            ref_logps,
-            cu_seqlens,
-            weights,
-            pairs,
-            pair_weights,
-            baseline_tensor(baseline, hidden),
-            logit_opts,
-            loss.options,
-            loss.divisor,
-            wpo,
-            want,
-            budget,
-            # gradients of "none" and of losses that couple the batch are made in backward
-            needs if reduction != "none" and not loss.coupled else (False,) * 5,
+        need = Needs(*[grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
+        # gradients of "none" and of losses that couple the batch are made in backward
+        early = need if reduction != "none" and not loss.coupled else Needs(*[False] * 5)
+        head = Head(None, None, None, None, scaling)  # type: ignore[arg-type]
+        a = LinearDPOForward(
+            head, rows, seqs, choice.pairs(pairs), ref_logps, wpo, loss.z_loss_weight, all_wanted, budget, early
         )
-    out = DPOOutput(reduced, losses, chosen_rewards, rejected_rewards, logps, pairs, loss.unpaired)
-    out = with_tokens(out, outputs, tokens, targets, ignore_index, weights, cu_seqlens)
-    return reduced_output(out, loss, ref_logps, pair_weights, reduction)
+        found = run(LinearDPOLoss, wants_gradient(*tensors), *tensors, a, bool(outputs))
+    out = output(found, choice, pairs)
+    kept = kept_rows(targets, logit_options.ignore_index, weights) if outputs else targets
+    out = with_tokens(out, all_wanted, outputs, found[5:], targets, kept, cu_seqlens)
+    return reduced(out, choice, ref_logps)
 
+
+_TENSORS = (
+    "hidden", "targets", "ref_logps", "ref_hidden", "pairs", "pair_weights", "desirable", "cu_seqlens", "token_weights"
+)  # fmt: skip
 
 __all__ = ["linear_dpo_loss", "linear_plan", "linear_sequence_logps", "linear_token_logps"]
