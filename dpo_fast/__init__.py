@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_fast._native import get_num_threads, set_num_threads
-    from dpo_fast._sequences import ld_dpo_weights
     from dpo_fast.collate import completion_targets, in_batch_negatives, in_batch_pairs, packed_batch, padded_batch
+    from dpo_fast.ld_dpo import ld_dpo_weights
     from dpo_fast.linear import linear_dpo_loss, linear_plan, linear_sequence_logps, linear_token_logps
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
@@ -27,7 +27,7 @@ _MODULE_OF = {
     "get_num_threads": "_native",
     "in_batch_negatives": "collate",
     "in_batch_pairs": "collate",
-    "ld_dpo_weights": "_sequences",
+    "ld_dpo_weights": "ld_dpo",
     "linear_dpo_loss": "linear",
     "linear_plan": "linear",
     "linear_sequence_logps": "linear",

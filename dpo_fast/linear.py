@@ -19,7 +19,6 @@ from torch import Tensor
 from dpo_fast._checks import (
     STATISTIC_BITS,
     LogitKeywords,
-    LogitOptions,
     named_statistics,
     number,
     only_logit_keywords,

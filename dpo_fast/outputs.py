@@ -13,7 +13,8 @@ class TokenOutput(NamedTuple):
 
     logps: log p of the target. entropy: -sum_v p_v log p_v, in nats. mean_logits: mean over the vocabulary of the
     (scaled, capped) logits. is_top1: whether the target is the largest logit, ties going to the first index.
-    log_sum_sq_probs: log sum_v p_v^2. logps and entropy are differentiable.
+    log_sum_sq_probs: log sum_v p_v^2. lse: log sum_v exp z_v of the (scaled, capped) logits z. logps, entropy and lse are
+    differentiable.
     """
 
     logps: Any = None
@@ -21,6 +22,7 @@ class TokenOutput(NamedTuple):
     mean_logits: Any = None
     is_top1: Any = None
     log_sum_sq_probs: Any = None
+    lse: Any = None
 
 
 class DPOOutput(NamedTuple):
@@ -28,10 +30,10 @@ class DPOOutput(NamedTuple):
 
     loss: by reduction, [] or [P]. losses: [P], one per pair (per sequence for losses of single completions).
     chosen_rewards, rejected_rewards: [P], beta times the log-ratio of policy and reference, without gradient; NaN for a
-    side that is not there. logps: [S], the sequences' log-probs. loss, losses and logps are differentiable. pairs:
+    side that is not there, 0 for a pair of weight 0. logps: [S], the sequences' log-probs. loss, losses and logps are differentiable. pairs:
     [P, 2] in use, None for the default (first half chosen, second half rejected), -1 for a side that is not there
     (`unpaired`: there are such). tokens: the statistics of tokens that were asked for; token_sums: their sums over the
-    tokens of each sequence that count, and the number of these as "lengths", [S] each.
+    tokens of each sequence that count, and the number of these as "lengths", [S] each. pair_weights: [P] as given.
     """
 
     loss: Tensor
@@ -43,43 +45,63 @@ class DPOOutput(NamedTuple):
     unpaired: bool = False
     tokens: TokenOutput | None = None
     token_sums: dict[str, Tensor] | None = None
+    pair_weights: Any = None
 
     def _side(self, k: int, values: Any) -> Any:
-        """[S] -> those of the chosen (0) or rejected (1) sequences, in the order of the pairs, 0 for absent ones."""
+        """[S] -> those of the chosen (0) or rejected (1) sequences, in the order of the pairs; 0 for absent sides and
+        pairs of weight 0."""
         n_pairs = self.losses.shape[0]
         if self.pairs is None:
-            return values[k * n_pairs : (k + 1) * n_pairs]
-        # as int64: a uint8 tensor as index would be a mask
-        pairs = self.pairs.long() if hasattr(self.pairs, "long") else self.pairs
-        found = values[pairs[:, k]]
-        if self.unpaired:
+            found = values[k * n_pairs : (k + 1) * n_pairs]
+        else:
+            # as int64: a uint8 tensor as index would be a mask
+            pairs = self.pairs.long() if hasattr(self.pairs, "long") else self.pairs
+            found = values[pairs[:, k]]
+        there = self._there(k)
+        if there is not None:
             found = found + 0  # a copy
-            found[pairs[:, k] < 0] = 0  # was the last sequence's
+            found[~there] = 0
         return found
 
+    def _there(self, k: int) -> Any:
+        """[P]: which pairs have a side and a weight other than 0; None: all."""
+        there = self.pairs[:, k] >= 0 if self.unpaired else None
+        if self.pair_weights is None:
+            return there
+        live = self.pair_weights != 0
+        return live if there is None else there & live
+
+    def _live_tokens(self, values: Any) -> Any:
+        """[S] tensor -> 0 for sequences that are in no pair of a weight other than 0; NumPy's losses have no tokens."""
+        if self.pairs is None and self.pair_weights is None:
+            return values
+        from dpo_fast._torch.sequences import live_sequences
+
+        live = live_sequences(values.shape[0], self.pairs, self.pair_weights)
+        return values if live is None else values.where(live, values.new_zeros(()))
+
     def _sums(self) -> dict[str, tuple[Any, Any]]:
-        """What the metrics are means of: sums, and what they are divided by."""
-        n_pairs = self.losses.shape[0]
+        """The metrics as sums, and what they are divided by to be means."""
         found: dict[str, tuple[Any, Any]] = {}
         for k, name in enumerate(("chosen", "rejected")):
-            rewards, n = (self.chosen_rewards, self.rejected_rewards)[k], n_pairs
+            rewards, there = (self.chosen_rewards, self.rejected_rewards)[k], self._there(k)
+            n = self.losses.shape[0] if there is None else there.sum()
             if self.unpaired:
-                there = self.pairs[:, k] >= 0
-                rewards, n = rewards + 0, there.sum()  # a copy
+                rewards = rewards + 0  # a copy
                 rewards[~there] = 0  # was NaN
             found[f"rewards/{name}"] = rewards.sum(), n
             found[f"logps/{name}"] = self._side(k, self.logps).sum(), n
         if not self.unpaired:
             margins = self.chosen_rewards - self.rejected_rewards
-            found["rewards/margins"] = margins.sum(), n_pairs
-            found["rewards/accuracies"] = (self.chosen_rewards > self.rejected_rewards).sum(), n_pairs
+            found["rewards/margins"] = margins.sum(), n
+            found["rewards/accuracies"] = (self.chosen_rewards > self.rejected_rewards).sum(), n
         sums = self.token_sums or {}
         for k, name in enumerate(("chosen", "rejected")):
             if "mean_logits" in sums:
                 n_tokens = self._side(k, sums["lengths"]).sum()
                 found[f"logits/{name}"] = self._side(k, sums["mean_logits"]).sum(), n_tokens
         if "entropy" in sums:
-            found["entropy"] = sums["entropy"].sum(), sums["lengths"].sum()
+            found["entropy"] = self._live_tokens(sums["entropy"]).sum(), self._live_tokens(sums["lengths"]).sum()
         if "is_top1" in sums:
             found["mean_token_accuracy"] = self._side(0, sums["is_top1"]).sum(), self._side(0, sums["lengths"]).sum()
         return found
