@@ -39,7 +39,8 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LIMITED_API = [] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000"), ("CYTHON_LIMITED_API", "1")]
 CYTHON_DIRECTIVES = {"embedsignature": True, "freethreading_compatible": True}
 
-HEADERS = ["csrc/row_math.h", "csrc/preference_loss.h", "csrc/cpu/rows.h", "csrc/cpu/simd.h"]
+HEADERS = [f"csrc/{name}.h" for name in ("row_math", "preference_loss", "sequence_math", "cpu/rows", "cpu/batch", "cpu/simd")]
+BINDING = ["dpo_fast/_declarations.pxd", "dpo_fast/_parse.pxi"]
 ROWS_ISA = "csrc/cpu/rows_isa.cpp"
 
 # The one that takes longest first, so that the processors end together.
@@ -145,8 +146,8 @@ class BuildExt(build_ext):
 
 cpu = Extension(
     "dpo_fast._cpu",
-    sources=["dpo_fast/_cpu.pyx", "csrc/cpu/rows.cpp"],
-    depends=[*HEADERS, ROWS_ISA],
+    sources=["dpo_fast/_cpu.pyx", "csrc/cpu/batch.cpp", "csrc/cpu/rows.cpp"],
+    depends=[*HEADERS, *BINDING, ROWS_ISA],
     include_dirs=["csrc"],
     define_macros=LIMITED_API,
     extra_compile_args=CXX_FLAGS,
@@ -166,7 +167,7 @@ if NVCC is not None:
         Extension(
             "dpo_fast._cuda",
             sources=["dpo_fast/_cuda.pyx"],
-            depends=[*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES],
+            depends=[*HEADERS, *BINDING, *CUDA_HEADERS, *CUDA_SOURCES],
             include_dirs=["csrc", cuda_include],
             library_dirs=cuda_libraries,
             # the static runtime: no CUDA library need be installed where the package is used

@@ -12,7 +12,7 @@
 
 namespace dpo_fast {
 
-// What a loss takes, for the checks of options; see dpo_fast/_loss_options.py.
+// What a loss takes, for the checks of options; see dpo_fast/_loss/options.py.
 enum LossFlags {
   kDivergence = 1,          // reads scores: any f-divergence
   kSmoothing = 2,           // reads label_smoothing, in [0, 0.5]
@@ -28,27 +28,28 @@ enum LossFlags {
   kGamma = 2048,        // reads simpo_gamma
   kBaseline = 4096,     // reads baseline
   kSideWeights = 8192,  // reads desirable_weight and undesirable_weight
+  kMargin = 16384,      // reads the score margin: dpop_lambda, length_penalty, margin
 };
 
 // name, flags
-#define DPO_FAST_LOSSES(X)                                   \
-  X(sigmoid, kDivergence | kSmoothing)                       \
-  X(hinge, kDivergence)                                      \
-  X(ipo, kDivergence | kBetaOver0 | kLengths | kSums)        \
-  X(exo_pair, kDivergence | kSmoothing | kSmoothingOver0)    \
-  X(nca_pair, 0)                                             \
-  X(robust, kDivergence | kSmoothing | kSmoothingUnderHalf)  \
-  X(bco_pair, 0)                                             \
-  X(sppo_hard, kBetaOver0)                                   \
-  X(apo_zero, 0)                                             \
-  X(apo_down, 0)                                             \
-  X(discopop, kDivergence | kTau)                            \
-  X(sigmoid_norm, kDivergence | kLengths | kSums)            \
-  X(sft, kLengths)                                           \
-  X(simpo, kSmoothing | kAverages | kReferenceFree | kGamma) \
-  X(cpo, kSmoothing | kSums | kReferenceFree)                \
-  X(orpo, kAverages | kReferenceFree)                        \
-  X(kto, kUnpaired | kBaseline | kSideWeights)               \
+#define DPO_FAST_LOSSES(X)                                            \
+  X(sigmoid, kDivergence | kMargin | kSmoothing)                      \
+  X(hinge, kDivergence | kMargin)                                     \
+  X(ipo, kDivergence | kBetaOver0 | kLengths | kSums)                 \
+  X(exo_pair, kDivergence | kMargin | kSmoothing | kSmoothingOver0)   \
+  X(nca_pair, 0)                                                      \
+  X(robust, kDivergence | kMargin | kSmoothing | kSmoothingUnderHalf) \
+  X(bco_pair, 0)                                                      \
+  X(sppo_hard, kBetaOver0)                                            \
+  X(apo_zero, 0)                                                      \
+  X(apo_down, 0)                                                      \
+  X(discopop, kDivergence | kMargin | kTau)                           \
+  X(sigmoid_norm, kDivergence | kLengths | kSums)                     \
+  X(sft, kLengths)                                                    \
+  X(simpo, kSmoothing | kAverages | kReferenceFree | kGamma)          \
+  X(cpo, kSmoothing | kSums | kReferenceFree)                         \
+  X(orpo, kAverages | kReferenceFree)                                 \
+  X(kto, kUnpaired | kBaseline | kSideWeights)                        \
   X(bco, kUnpaired | kBaseline)
 
 enum LossType {
@@ -85,22 +86,93 @@ constexpr int kDivergences = 4;
 
 constexpr int kMaxLossTerms = 8;
 
+// The numbers of a loss that are the same for all pairs.
+#define DPO_FAST_LOSS_PARAMETERS(X)                                     \
+  X(beta)                                                               \
+  X(label_smoothing)                                                    \
+  X(discopop_tau)                                                       \
+  X(simpo_gamma)                                                        \
+  X(alpha)              /* of the alpha-divergence */                   \
+  X(desirable_weight)   /* kto */                                       \
+  X(undesirable_weight) /* kto */                                       \
+  X(tokens_per_pair)    /* sft: chosen tokens over pairs; 0: counted */ \
+  X(dpop_lambda)        /* penalty on a chosen ratio below 0 */         \
+  X(length_penalty)     /* per token that the chosen completion is longer */
+
+// The numbers of each pair, which may be absent: 1, the loss's beta and 0 then.
+#define DPO_FAST_PAIR_NUMBERS(X) \
+  X(weight)                      \
+  X(beta)                        \
+  X(margin) /* subtracted from the score margin */
+
+enum PairNumber {
+#define DPO_FAST_NUMBER(name) kPair_##name,
+  DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
+      kPairNumbers
+};
+
+DPO_FAST_HD const char* pair_number_name(int i) {
+  switch (i) {
+#define DPO_FAST_NUMBER(name) \
+  case kPair_##name: return #name;
+    DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
+    default: return "";
+  }
+}
+
 struct LossOptions {
   int n_terms;  // the loss is the sum over them of weight * loss
   int types[kMaxLossTerms];
   double weights[kMaxLossTerms];
-  double beta;
-  double label_smoothing;
-  double discopop_tau;
-  double simpo_gamma;
   int divergence;
-  double alpha;               // of the alpha-divergence
-  double desirable_weight;    // kto
-  double undesirable_weight;  // kto
-  double baseline;            // kto: the KL estimate, times beta the reference point; bco: delta
-  double tokens_per_pair;     // sft: chosen tokens over pairs, in the batch
-  bool average;               // the log-probs are averages over tokens
+  bool average;     // the log-probs are averages over tokens
+  double baseline;  // kto: the KL estimate, times beta the reference point; bco: delta
+#define DPO_FAST_PARAMETER(name) double name;
+  DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
 };
+
+enum LossParameter {
+#define DPO_FAST_PARAMETER(name) kParameter_##name,
+  DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
+      kLossParameters
+};
+
+DPO_FAST_HD const char* loss_parameter_name(int i) {
+  switch (i) {
+#define DPO_FAST_PARAMETER(name) \
+  case kParameter_##name: return #name;
+    DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
+    default: return "";
+  }
+}
+
+DPO_FAST_HD void set_loss_parameter(LossOptions& o, int i, double x) {
+  switch (i) {
+#define DPO_FAST_PARAMETER(name) \
+  case kParameter_##name: o.name = x; break;
+    DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
+  }
+}
+
+// Whether the loss reads the lengths of the sequences.
+DPO_FAST_HD bool reads_lengths(const LossOptions& o) {
+  for (int i = 0; i < o.n_terms; ++i)
+    if (loss_flags(o.types[i]) & kLengths) return true;
+  return o.length_penalty != 0;
+}
+
+// Whether its completions are alone.
+DPO_FAST_HD bool is_unpaired(const LossOptions& o) {
+  for (int i = 0; i < o.n_terms; ++i)
+    if (loss_flags(o.types[i]) & kUnpaired) return true;
+  return false;
+}
 
 // One completion of a pair.
 struct Side {
@@ -114,6 +186,8 @@ struct Side {
 
 struct Pair {
   Side chosen, rejected;
+  double beta;
+  double margin;
 };
 
 struct PairLoss {
@@ -150,13 +224,21 @@ DPO_FAST_HD Curve smoothed_logistic(double x, double e) {
   return c;
 }
 
-// A function of x = beta * (score of the chosen - score of the rejected).
+// x = beta * (score of the chosen - score of the rejected), with three terms that are 0 unless asked for:
+// DPO-Positive's penalty on a chosen completion that falls below the reference (Pal et al. 2024, arXiv:2402.13228, eq.
+// 3), R-DPO's penalty on length (Park et al. 2024, arXiv:2403.19159, eq. 9) and ODPO's offset of a pair (Amini et al.
+// 2024, arXiv:2402.10571, eq. 5).
 DPO_FAST_HD double score_margin(const Pair& p, const LossOptions& o) {
-  return o.beta * (p.chosen.score - p.rejected.score);
+  double scores = p.chosen.score - p.rejected.score;
+  if (o.dpop_lambda != 0 && p.chosen.ratio < 0) scores += o.dpop_lambda * p.chosen.ratio;
+  double x = p.beta * scores - p.margin;
+  if (o.length_penalty != 0) x += o.length_penalty * (p.chosen.length - p.rejected.length);
+  return x;
 }
 
 DPO_FAST_HD PairLoss of_score_margin(Curve c, const Pair& p, const LossOptions& o) {
-  return PairLoss{c.value, o.beta * c.slope * p.chosen.slope, -o.beta * c.slope * p.rejected.slope};
+  const double penalty = p.chosen.ratio < 0 ? o.dpop_lambda : 0;
+  return PairLoss{c.value, p.beta * c.slope * (p.chosen.slope + penalty), -p.beta * c.slope * p.rejected.slope};
 }
 
 // DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with label smoothing conservative DPO.
@@ -184,14 +266,14 @@ DPO_FAST_HD PairLoss of_average_score_margin(Curve c, const Pair& p) {
 
 // IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17), on averages over tokens.
 DPO_FAST_HD PairLoss ipo_loss(const Pair& p, const LossOptions& o) {
-  const double d = average_score_margin(p) - 1 / (2 * o.beta);
+  const double d = average_score_margin(p) - 1 / (2 * p.beta);
   return of_average_score_margin(Curve{d * d, 2 * d}, p);
 }
 
 // The sigmoid loss on averages over tokens.
 DPO_FAST_HD PairLoss sigmoid_norm_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = smoothed_logistic(o.beta * average_score_margin(p), 0);
-  return of_average_score_margin(Curve{c.value, o.beta * c.slope}, p);
+  const Curve c = smoothed_logistic(p.beta * average_score_margin(p), 0);
+  return of_average_score_margin(Curve{c.value, p.beta * c.slope}, p);
 }
 
 // EXO (Ji et al. 2024, arXiv:2402.00856, eq. 16): KL((q, 1 - q) || (1 - e, e)), q = sigmoid(x).
@@ -227,8 +309,8 @@ DPO_FAST_HD PairLoss discopop_loss(const Pair& p, const LossOptions& o) {
 }
 
 // A loss that is f(beta * ratio of the chosen) + g(beta * ratio of the rejected).
-DPO_FAST_HD PairLoss of_rewards(Curve chosen, Curve rejected, const LossOptions& o) {
-  return PairLoss{chosen.value + rejected.value, o.beta * chosen.slope, o.beta * rejected.slope};
+DPO_FAST_HD PairLoss of_rewards(Curve chosen, Curve rejected, const Pair& p) {
+  return PairLoss{chosen.value + rejected.value, p.beta * chosen.slope, p.beta * rejected.slope};
 }
 
 DPO_FAST_HD Curve sigmoid_curve(double x) {
@@ -238,34 +320,34 @@ DPO_FAST_HD Curve sigmoid_curve(double x) {
 
 // NCA (Chen et al. 2024, arXiv:2402.05369)
 DPO_FAST_HD PairLoss nca_pair_loss(const Pair& p, const LossOptions& o) {
-  const double c = o.beta * p.chosen.ratio, d = o.beta * p.rejected.ratio;
+  const double c = p.beta * p.chosen.ratio, d = p.beta * p.rejected.ratio;
   return of_rewards(Curve{softplus(-c) + 0.5 * softplus(c), 0.5 * sigmoid(c) - sigmoid(-c)},
-                    Curve{0.5 * softplus(d), 0.5 * sigmoid(d)}, o);
+                    Curve{0.5 * softplus(d), 0.5 * sigmoid(d)}, p);
 }
 
 // BCO without its running mean (Jung et al. 2024, arXiv:2404.04656)
 DPO_FAST_HD PairLoss bco_pair_loss(const Pair& p, const LossOptions& o) {
-  const double c = o.beta * p.chosen.ratio, d = o.beta * p.rejected.ratio;
-  return of_rewards(Curve{softplus(-c), -sigmoid(-c)}, Curve{softplus(d), sigmoid(d)}, o);
+  const double c = p.beta * p.chosen.ratio, d = p.beta * p.rejected.ratio;
+  return of_rewards(Curve{softplus(-c), -sigmoid(-c)}, Curve{softplus(d), sigmoid(d)}, p);
 }
 
 // SPPO with hard labels (Wu et al. 2024, arXiv:2405.00675, eq. 4.7)
 DPO_FAST_HD PairLoss sppo_hard_loss(const Pair& p, const LossOptions& o) {
-  const double c = p.chosen.ratio - 0.5 / o.beta, d = p.rejected.ratio + 0.5 / o.beta;
+  const double c = p.chosen.ratio - 0.5 / p.beta, d = p.rejected.ratio + 0.5 / p.beta;
   return PairLoss{c * c + d * d, 2 * c, 2 * d};
 }
 
 // APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7)
 DPO_FAST_HD PairLoss apo_zero_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = sigmoid_curve(-o.beta * p.chosen.ratio);
-  return of_rewards(Curve{c.value, -c.slope}, sigmoid_curve(o.beta * p.rejected.ratio), o);
+  const Curve c = sigmoid_curve(-p.beta * p.chosen.ratio);
+  return of_rewards(Curve{c.value, -c.slope}, sigmoid_curve(p.beta * p.rejected.ratio), p);
 }
 
 // APO-down (the same, eq. 8)
 DPO_FAST_HD PairLoss apo_down_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = sigmoid_curve(o.beta * p.chosen.ratio);
-  const Curve m = sigmoid_curve(-o.beta * (p.chosen.ratio - p.rejected.ratio));
-  return of_rewards(Curve{c.value + m.value, c.slope - m.slope}, Curve{0, m.slope}, o);
+  const Curve c = sigmoid_curve(p.beta * p.chosen.ratio);
+  const Curve m = sigmoid_curve(-p.beta * (p.chosen.ratio - p.rejected.ratio));
+  return of_rewards(Curve{c.value + m.value, c.slope - m.slope}, Curve{0, m.slope}, p);
 }
 
 // The negative log-likelihood of the chosen completions: summed over pairs and divided by their number, it is the mean
@@ -278,15 +360,15 @@ DPO_FAST_HD PairLoss sft_loss(const Pair& p, const LossOptions& o) {
 
 // SimPO (Meng et al. 2024, arXiv:2405.14734, eq. 6): averages over tokens, a target margin gamma, no reference.
 DPO_FAST_HD PairLoss simpo_loss(const Pair& p, const LossOptions& o) {
-  const double x = o.beta * (p.chosen.logp - p.rejected.logp) - o.simpo_gamma;
+  const double x = p.beta * (p.chosen.logp - p.rejected.logp) - o.simpo_gamma;
   const Curve c = smoothed_logistic(x, o.label_smoothing);
-  return PairLoss{c.value, o.beta * c.slope, -o.beta * c.slope};
+  return PairLoss{c.value, p.beta * c.slope, -p.beta * c.slope};
 }
 
 // CPO (Xu et al. 2024, arXiv:2401.08417, eq. 5): the preference term and the chosen completion's own log-likelihood.
 DPO_FAST_HD PairLoss cpo_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = smoothed_logistic(o.beta * (p.chosen.logp - p.rejected.logp), o.label_smoothing);
-  return PairLoss{c.value - p.chosen.logp, o.beta * c.slope - 1, -o.beta * c.slope};
+  const Curve c = smoothed_logistic(p.beta * (p.chosen.logp - p.rejected.logp), o.label_smoothing);
+  return PairLoss{c.value - p.chosen.logp, p.beta * c.slope - 1, -p.beta * c.slope};
 }
 
 // log(1 - exp(x)) for x <= 0; which form keeps the digits depends on the side of -log 2 (Maechler 2012, "Accurately
@@ -304,22 +386,22 @@ DPO_FAST_HD Curve log_odds(double x) {
 DPO_FAST_HD PairLoss orpo_loss(const Pair& p, const LossOptions& o) {
   const Curve c = log_odds(p.chosen.logp), d = log_odds(p.rejected.logp);
   const Curve curve = smoothed_logistic(c.value - d.value, 0);
-  return PairLoss{o.beta * curve.value - p.chosen.logp, o.beta * vanishing(curve.slope, c.slope) - 1,
-                  -o.beta * vanishing(curve.slope, d.slope)};
+  return PairLoss{p.beta * curve.value - p.chosen.logp, p.beta * vanishing(curve.slope, c.slope) - 1,
+                  -p.beta * vanishing(curve.slope, d.slope)};
 }
 
 // KTO (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8)
 DPO_FAST_HD PairLoss kto_loss(const Pair& p, const LossOptions& o) {
   PairLoss out = {0, 0, 0};
   if (p.chosen.present) {
-    const Curve c = sigmoid_curve(-o.beta * (p.chosen.ratio - o.baseline));
+    const Curve c = sigmoid_curve(-p.beta * (p.chosen.ratio - o.baseline));
     out.loss += o.desirable_weight * c.value;
-    out.d_chosen = -o.desirable_weight * o.beta * c.slope;
+    out.d_chosen = -o.desirable_weight * p.beta * c.slope;
   }
   if (p.rejected.present) {
-    const Curve c = sigmoid_curve(-o.beta * (o.baseline - p.rejected.ratio));
+    const Curve c = sigmoid_curve(-p.beta * (o.baseline - p.rejected.ratio));
     out.loss += o.undesirable_weight * c.value;
-    out.d_rejected = o.undesirable_weight * o.beta * c.slope;
+    out.d_rejected = o.undesirable_weight * p.beta * c.slope;
   }
   return out;
 }
@@ -328,14 +410,14 @@ DPO_FAST_HD PairLoss kto_loss(const Pair& p, const LossOptions& o) {
 DPO_FAST_HD PairLoss bco_loss(const Pair& p, const LossOptions& o) {
   PairLoss out = {0, 0, 0};
   if (p.chosen.present) {
-    const double x = o.beta * p.chosen.ratio - o.baseline;
+    const double x = p.beta * p.chosen.ratio - o.baseline;
     out.loss += softplus(-x);
-    out.d_chosen = -o.beta * sigmoid(-x);
+    out.d_chosen = -p.beta * sigmoid(-x);
   }
   if (p.rejected.present) {
-    const double x = o.beta * p.rejected.ratio - o.baseline;
+    const double x = p.beta * p.rejected.ratio - o.baseline;
     out.loss += softplus(x);
-    out.d_rejected = o.beta * sigmoid(x);
+    out.d_rejected = p.beta * sigmoid(x);
   }
   return out;
 }

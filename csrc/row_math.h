@@ -72,33 +72,89 @@ DPO_FAST_HD double row_logp(const RowPart& part, double value, double unit) {
   return (value - part.shift) * unit - log(part.sum);
 }
 
-// H = -sum_v p_v log p_v
-DPO_FAST_HD double row_entropy(const RowPart& part) { return log(part.sum) - part.sum_ed / part.sum; }
+// The optional statistics of a token, in the order in which every list of them is (STATISTICS in dpo_fast/_checks.py).
+#define DPO_FAST_STATISTICS(X)                    \
+  X(entropy)          /* -sum_v p_v log p_v */    \
+  X(mean_logits)      /* the mean of z */         \
+  X(is_top1)          /* uint8: one per target */ \
+  X(log_sum_sq_probs) /* log sum_v p_v^2 */       \
+  X(lse)              /* log sum_v exp z_v */
 
-// log sum_v p_v^2
-DPO_FAST_HD double row_log_sum_sq_probs(const RowPart& part) { return log(part.sum_sq) - 2 * log(part.sum); }
+enum Statistic {
+#define DPO_FAST_STATISTIC(name) kStat_##name,
+  DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
+#undef DPO_FAST_STATISTIC
+      kStatistics
+};
 
-// What the backward pass needs to know of a row:
+DPO_FAST_HD const char* statistic_name(int i) {
+  switch (i) {
+#define DPO_FAST_STATISTIC(name) \
+  case kStat_##name: return #name;
+    DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
+#undef DPO_FAST_STATISTIC
+    default: return "";
+  }
+}
+
+// What forward leaves for each row; null where not wanted. Float arrays, but for is_top1.
+struct TokenArrays {
+  void* logps;                    // [rows, n_targets]
+  void* stats;                    // [rows, 2]: shift and 1 / sum
+  void* statistics[kStatistics];  // [rows]; is_top1 [rows, n_targets]
+};
+
+// Whether sums beside that of the exponentials are wanted.
+DPO_FAST_HD bool wants_extras(const TokenArrays& out) {
+  for (int i = 0; i < kStatistics; ++i)
+    if (i != kStat_lse && out.statistics[i]) return true;
+  return false;
+}
+
+// A statistic that is one number per row. vocab: the number of logits; unit: unit_scale.
+DPO_FAST_HD double row_statistic(int which, const RowPart& part, double vocab, double unit) {
+  switch (which) {
+    case kStat_entropy: return log(part.sum) - part.sum_ed / part.sum;
+    case kStat_mean_logits: return part.sum_z / vocab;
+    case kStat_log_sum_sq_probs: return log(part.sum_sq) - 2 * log(part.sum);
+    case kStat_lse: return part.shift * unit + log(part.sum);
+    default: return NAN;
+  }
+}
+
+// Whether the target is the largest logit. Without a largest one (all -inf, which a soft-cap makes finite) the first
+// counts.
+DPO_FAST_HD bool row_is_top1(const RowPart& part, int64_t target) {
+  return (part.argmax < 0 ? 0 : part.argmax) == target && part.sum > 0;
+}
+
+// The backward pass of a row:
 //   dz_v = e_v * (coef + entropy_coef * (d_v - mean_d))  + the true-class terms.
 struct RowGrad {
   double shift;
-  double coef;          // -(sum of the incoming gradients of the row's log-probs) / sum
+  double coef;          // (gradient of lse - sum of those of the row's log-probs) / sum
   double entropy_coef;  // -(incoming gradient of the entropy) / sum
   double mean_d;        // sum_v p_v d_v
 };
 
-DPO_FAST_HD RowGrad row_grad(double shift, double inv_sum, double entropy, double grad_logp, double grad_entropy) {
+// Incoming gradients of a row's log-probs (their sum G), entropy and lse.
+struct RowGradsIn {
+  double logps, entropy, lse;
+};
+
+DPO_FAST_HD RowGrad row_grad(double shift, double inv_sum, double entropy, const RowGradsIn& g) {
   // entropy = log(sum) - mean_d
-  return RowGrad{shift, -grad_logp * inv_sum, -grad_entropy * inv_sum, -log(inv_sum) - entropy};
+  return RowGrad{shift, (g.lse - g.logps) * inv_sum, -g.entropy * inv_sum, -log(inv_sum) - entropy};
 }
 
-// dz at a target: the gradients g of the log-probs of this very entry, G of all the row's log-probs, h of the entropy.
-// 1 - p is formed by expm1, so that a confident token keeps its small gradient.
-DPO_FAST_HD double target_grad(double logp, double g, double G, double entropy, double h) {
+// dz at a target; g: the gradient of the log-probs of this very entry. 1 - p is formed by expm1: a confident token
+// keeps its small gradient.
+DPO_FAST_HD double target_grad(double logp, double g, double entropy, const RowGradsIn& row) {
   const double p = exp(logp);
   double dz = -g * expm1(logp);
-  if (G != g) dz -= (G - g) * p;
-  if (h != 0 && p > 0) dz -= h * p * (logp + entropy);
+  if (row.logps != g) dz -= (row.logps - g) * p;
+  if (row.lse != 0) dz += row.lse * p;
+  if (row.entropy != 0 && p > 0) dz -= row.entropy * p * (logp + entropy);
   return dz;
 }
 

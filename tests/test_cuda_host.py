@@ -25,7 +25,7 @@ from test_kernels import LIMITS
 
 import dpo_fast
 from dpo_fast import reference
-from dpo_fast._loss_options import PAIR_LOSSES
+from dpo_fast._loss.options import PAIR_LOSSES
 
 MISSING = list(host.toolchains())
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the CUDA kernels cannot be compiled here: {', '.join(MISSING)}")

@@ -8,7 +8,7 @@ import torch
 from helpers import LAYOUTS, assert_accurate, make_case, naive_sequence_logps, random_pairs, to_numpy
 
 from dpo_fast import fallback, ops, reference  # noqa: F401  (ops defines torch.ops.dpo_fast)
-from dpo_fast._loss_options import choose_loss
+from dpo_fast._loss.options import choose_loss
 
 LOSS = (*choose_loss(label_smoothing=0.2).options, 0.0)
 

@@ -21,7 +21,7 @@ from helpers import (
 
 import dpo_fast
 from dpo_fast import _head, linear_ops, reference
-from dpo_fast._loss_options import choose_loss
+from dpo_fast._loss.options import choose_loss
 
 S, T, H, V, R = 4, 9, 16, 507, 3
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

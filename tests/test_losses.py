@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dpo_fast
 from dpo_fast import reference
-from dpo_fast._loss_options import COUPLED_LOSSES, DIVERGENCES, PAIR_LOSSES, LossFlags
+from dpo_fast._loss.options import COUPLED_LOSSES, DIVERGENCES, PAIR_LOSSES, LossFlags
 
 NAMES = (*PAIR_LOSSES, *COUPLED_LOSSES)
 
@@ -729,7 +729,7 @@ def test_own_function_may_work_in_place():
 
 def test_operators_with_absent_sides_stay_in_bounds():
     """Combinations that the functions refuse, given to the operator: no read outside the arrays."""
-    from dpo_fast._loss_options import choose_loss
+    from dpo_fast._loss.options import choose_loss
 
     x, y = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
     pairs = torch.tensor([[0, -1], [-1, 1]])

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_fast
 from dpo_fast import _native, ops, reference  # ops defines torch.ops.dpo_fast
-from dpo_fast._loss_options import choose_loss
+from dpo_fast._loss.options import choose_loss
 
 OPTIONS = (-100, 1.0, 1.0, 0.0)
 LOSS = (*choose_loss().options, 0.0)

@@ -1,4 +1,4 @@
-// Rows as the loops of _cpu.pyx see them: which kernel a row takes, what happens to its targets, and where the results
+// Rows as the loops of batch.cpp see them: which kernel a row takes, what happens to its targets, and where the results
 // go. Compiled for the baseline processor; the arithmetic on whole rows is in rows_isa.cpp.
 #include "rows.h"
 
@@ -62,17 +62,6 @@ void finish_rows_setup(Rows& rows) {
   rows.transform_kind = t.softcap > 0 ? kCapped : t.logit_scale / t.temperature != 1 ? kScaled : kPlain;
 }
 
-double load_float(const void* array, int64_t i, bool wide) {
-  return wide ? ((const double*)array)[i] : ((const float*)array)[i];
-}
-
-void store_float(void* array, int64_t i, double x, bool wide) {
-  if (wide)
-    ((double*)array)[i] = x;
-  else
-    ((float*)array)[i] = (float)x;
-}
-
 namespace {
 
 uint32_t float_bits(float x) {
@@ -108,7 +97,7 @@ void store_logit(void* p, int logit_type, double x) {
 
 const char* row_logits(const Rows& rows, int64_t row) {
   const int64_t seq = row / rows.rows_per_seq, t = row % rows.rows_per_seq;
-  return rows.logits + (seq * rows.seq_stride + t * rows.row_stride) * rows.logit_bytes;
+  return (const char*)rows.logits + (seq * rows.seq_stride + t * rows.row_stride) * rows.logit_bytes;
 }
 
 char* row_grad_logits(const Rows& rows, int64_t row, const GradTensor& out) {
@@ -130,21 +119,6 @@ double raw_logit(const Rows& rows, const char* x, int64_t v) {
 
 }  // namespace
 
-bool wants_extras(const TokenArrays& out) {
-  return out.entropy || out.mean_logits || out.is_top1 || out.log_sum_sq_probs;
-}
-
-int row_state(const Rows& rows, int64_t row) {
-  if (rows.row_mask && !rows.row_mask[row]) return 0;
-  if (rows.weights && rows.weights[row] == 0) return 0;
-  const int64_t* targets = rows.targets + row * rows.n_targets;
-  for (int64_t k = 0; k < rows.n_targets; ++k) {
-    if (targets[k] == rows.ignore_index && rows.ignore_index != kIgnoreNothing) return 0;
-    if (targets[k] < 0 || targets[k] >= rows.vocab) return (int)(-1 - k);
-  }
-  return 1;
-}
-
 void forward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArrays& out, RowPart* part) {
   const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
   const char* x = row_logits(rows, row);
@@ -154,42 +128,67 @@ void forward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArra
   // while the piece is in a cache; logps' type holds the value exactly
   for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i)
     if (rows.targets[i] >= start && rows.targets[i] < start + size)
-      store_float(out.logps, i, logit_value(rows, x, rows.targets[i]), rows.wide);
+      store_number(out.logps, i, logit_value(rows, x, rows.targets[i]), rows.wide);
 }
 
 void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const TokenArrays& out) {
   const double unit = unit_scale(rows.transform);
   RowPart total = empty_part();
   for (int64_t i = 0; i < pieces_per_row(rows); ++i) merge_parts(total, parts[i], unit);
+  uint8_t* const is_top1 = (uint8_t*)out.statistics[kStat_is_top1];
   for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i) {
-    store_float(out.logps, i, row_logp(total, load_float(out.logps, i, rows.wide), unit), rows.wide);
-    // without a largest logit (all -inf, which a soft-cap makes finite) the first one counts
-    if (out.is_top1) out.is_top1[i] = (total.argmax < 0 ? 0 : total.argmax) == rows.targets[i] && total.sum > 0;
+    store_number(out.logps, i, row_logp(total, load_number(out.logps, i, rows.wide), unit), rows.wide);
+    if (is_top1) is_top1[i] = row_is_top1(total, rows.targets[i]);
   }
   if (out.stats) {
-    store_float(out.stats, 2 * row, total.shift, rows.wide);
-    store_float(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
+    store_number(out.stats, 2 * row, total.shift, rows.wide);
+    store_number(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
   }
-  if (out.entropy) store_float(out.entropy, row, row_entropy(total), rows.wide);
-  if (out.mean_logits) store_float(out.mean_logits, row, total.sum_z / rows.vocab, rows.wide);
-  if (out.log_sum_sq_probs) store_float(out.log_sum_sq_probs, row, row_log_sum_sq_probs(total), rows.wide);
+  for (int i = 0; i < kStatistics; ++i)
+    if (i != kStat_is_top1 && out.statistics[i])
+      store_number(out.statistics[i], row, row_statistic(i, total, rows.vocab, unit), rows.wide);
 }
 
 void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out) {
+  uint8_t* const is_top1 = (uint8_t*)out.statistics[kStat_is_top1];
   for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i) {
-    store_float(out.logps, i, 0, rows.wide);
-    if (out.is_top1) out.is_top1[i] = 0;
+    store_number(out.logps, i, 0, rows.wide);
+    if (is_top1) is_top1[i] = 0;
   }
   if (out.stats) {
-    store_float(out.stats, 2 * row, 0, rows.wide);
-    store_float(out.stats, 2 * row + 1, 0, rows.wide);
+    store_number(out.stats, 2 * row, 0, rows.wide);
+    store_number(out.stats, 2 * row + 1, 0, rows.wide);
   }
-  if (out.entropy) store_float(out.entropy, row, 0, rows.wide);
-  if (out.mean_logits) store_float(out.mean_logits, row, 0, rows.wide);
-  if (out.log_sum_sq_probs) store_float(out.log_sum_sq_probs, row, 0, rows.wide);
+  for (int i = 0; i < kStatistics; ++i)
+    if (i != kStat_is_top1 && out.statistics[i]) store_number(out.statistics[i], row, 0, rows.wide);
 }
 
-void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArrays& saved, const TokenGrads& grads,
+namespace {
+
+// The gradient of a row's k-th log-prob.
+double target_grad_logp(const Rows& rows, int64_t row, int64_t k, const TokenGrads& grads) {
+  return (grads.row ? grads.row[row] : 0) +
+         (grads.logps ? load_number(grads.logps, row * rows.n_targets + k, rows.wide) : 0);
+}
+
+// Zeros in the padding of the vocabulary.
+void zero_padding(const Rows& rows, char* dx, const GradTensor& out) {
+  for (int64_t v = rows.vocab; v < rows.width; ++v)
+    memset(dx + v * out.vocab_stride * rows.logit_bytes, 0, rows.logit_bytes);
+}
+
+}  // namespace
+
+bool has_gradient(const Rows& rows, int64_t row, const TokenGrads& grads) {
+  if (row_state(rows, row) == kIgnored) return false;
+  if (grads.entropy && load_number(grads.entropy, row, rows.wide) != 0) return true;
+  if (grads.lse && load_number(grads.lse, row, rows.wide) != 0) return true;
+  for (int64_t k = 0; k < rows.n_targets; ++k)
+    if (target_grad_logp(rows, row, k, grads) != 0) return true;
+  return false;
+}
+
+void backward_piece(const Rows& rows, int64_t row, int64_t piece, const SavedArrays& saved, const TokenGrads& grads,
                     const GradTensor& out) {
   const int64_t start = piece * kPieceLogits, end = std::min(start + kPieceLogits, rows.vocab);
   const int64_t n_targets = rows.n_targets;
@@ -197,27 +196,24 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
   const char* x = row_logits(rows, row);
   char* dx = row_grad_logits(rows, row, out);
 
-  auto target_grad_logp = [&](int64_t k) {
-    return (grads.row ? grads.row[row] : 0) +
-           (grads.logps ? load_float(grads.logps, row * n_targets + k, rows.wide) : 0);
-  };
-  double row_grad_logp = 0;
-  for (int64_t k = 0; k < n_targets; ++k) row_grad_logp += target_grad_logp(k);
-  const double h = grads.entropy ? load_float(grads.entropy, row, rows.wide) : 0;
-  const double entropy = grads.entropy ? load_float(saved.entropy, row, rows.wide) : 0;
-  const RowGrad grad = row_grad(load_float(saved.stats, 2 * row, rows.wide),
-                                load_float(saved.stats, 2 * row + 1, rows.wide), entropy, row_grad_logp, h);
+  RowGradsIn in = {0, 0, 0};
+  for (int64_t k = 0; k < n_targets; ++k) in.logps += target_grad_logp(rows, row, k, grads);
+  if (grads.entropy) in.entropy = load_number(grads.entropy, row, rows.wide);
+  if (grads.lse) in.lse = load_number(grads.lse, row, rows.wide);
+  const double entropy = in.entropy != 0 ? load_number(saved.entropy, row, rows.wide) : 0;
+  const RowGrad grad = row_grad(load_number(saved.stats, 2 * row, rows.wide),
+                                load_number(saved.stats, 2 * row + 1, rows.wide), entropy, in);
 
   // The true-class terms, formed before the kernel may overwrite the logits they need. A target named several times
   // is rounded once.
   std::vector<std::pair<int64_t, double>> terms;
   auto term = [&](int64_t k, double g) {
-    return target_grad(load_float(saved.logps, row * n_targets + k, rows.wide), g, row_grad_logp, entropy, h) *
+    return target_grad(load_number(saved.logps, row * n_targets + k, rows.wide), g, entropy, in) *
            (rows.transform_kind == kPlain ? 1 : transform_slope(rows.transform, raw_logit(rows, x, targets[k])));
   };
   std::pair<int64_t, double> single{-1, 0};
   if (n_targets == 1) {
-    if (targets[0] >= start && targets[0] < end) single = {targets[0], term(0, row_grad_logp)};
+    if (targets[0] >= start && targets[0] < end) single = {targets[0], term(0, in.logps)};
   } else {
     std::vector<std::pair<int64_t, int64_t>> order;
     for (int64_t k = 0; k < n_targets; ++k)
@@ -226,12 +222,13 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
     for (size_t i = 0; i < order.size();) {
       const auto [target, k] = order[i];
       double g = 0;
-      for (; i < order.size() && order[i].first == target; ++i) g += target_grad_logp(order[i].second);
+      for (; i < order.size() && order[i].first == target; ++i)
+        g += target_grad_logp(rows, row, order[i].second, grads);
       terms.push_back({target, term(k, g)});
     }
   }
 
-  rows.kernels->types[rows.logit_type].backward[rows.transform_kind][h != 0](
+  rows.kernels->types[rows.logit_type].backward[rows.transform_kind][in.entropy != 0](
       x + start * rows.vocab_stride * rows.logit_bytes, rows.vocab_stride,
       dx + start * out.vocab_stride * rows.logit_bytes, out.vocab_stride, end - start, rows.transform, grad);
 
@@ -240,6 +237,7 @@ void backward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArr
   };
   if (single.first >= 0) put(single);
   for (const auto& t : terms) put(t);
+  if (end == rows.vocab) zero_padding(rows, dx, out);
 }
 
 // Logits larger than this are no longer in a cache when backward comes to them; memory of this size comes fresh from
@@ -273,10 +271,11 @@ void advise_huge_pages(char* x, int64_t bytes) {
 
 void zero_piece(const Rows& rows, int64_t row, int64_t piece, const GradTensor& out) {
   const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
+  if (start + size == rows.vocab) zero_padding(rows, row_grad_logits(rows, row, out), out);
   char* dx = row_grad_logits(rows, row, out) + start * out.vocab_stride * rows.logit_bytes;
   if (out.vocab_stride == 1) {
     // in memory that is fresh, the kernel has just brought the page's zeros into a cache
-    const bool in_place = out.data == rows.logits;
+    const bool in_place = out.data == (char*)rows.logits;
     if (in_place && rows.n_rows * rows.vocab * rows.logit_bytes > kStreamBytes)
       stream_zeros(dx, size * rows.logit_bytes);
     else

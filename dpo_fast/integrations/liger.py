@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast._loss_options import choose_loss
+from dpo_fast._loss.options import choose_loss
 from dpo_fast.linear import gather, linear_dpo_loss
 
 LOSS_TYPES = (

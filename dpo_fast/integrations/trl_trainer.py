@@ -18,7 +18,7 @@ import trl
 from torch import Tensor
 
 from dpo_fast._checks import IGNORE_NOTHING
-from dpo_fast._loss_options import COUPLED_LOSSES
+from dpo_fast._loss.options import COUPLED_LOSSES
 from dpo_fast.integrations.trl import ChunkedLogProbs, UseDpoFast, check_trl
 from dpo_fast.linear import linear_dpo_loss
 from dpo_fast.outputs import DPOOutput
