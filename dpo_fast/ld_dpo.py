@@ -79,4 +79,6 @@ def ld_dpo_weights(
                 "its log-prob is not one number; write such pairs out as sequences of their own"
             )
     tail = positions > spread_to_rows(shared, cu_seqlens, positions.shape)
-    return torch.ones(targets.shape, dtype=accurate_type(targets.device), device=targets.device).masked_fill(tail, ld_alpha)
+    return torch.ones(targets.shape, dtype=accurate_type(targets.device), device=targets.device).masked_fill(
+        tail, ld_alpha
+    )

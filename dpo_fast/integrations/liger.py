@@ -122,8 +122,12 @@ class FusedLinearDPOLoss(torch.nn.Module):
         """
         if self.use_ref_model and (ref_input is None or ref_weight is None):
             raise ValueError("use_ref_model=True needs ref_input and ref_weight")
-        weight = gather(lin_weight)
-        reference = {"ref_hidden": ref_input, "ref_weight": gather(ref_weight), "ref_bias": gather(ref_bias)}
+        weight = gather("lin_weight", lin_weight)
+        reference = {
+            "ref_hidden": ref_input,
+            "ref_weight": gather("ref_weight", ref_weight),
+            "ref_bias": gather("ref_bias", ref_bias),
+        }
         out = linear_dpo_loss(
             _input,
             weight,
@@ -139,7 +143,7 @@ class FusedLinearDPOLoss(torch.nn.Module):
         with torch.no_grad():
             # the mean of hidden @ weight.T + bias is that of hidden times that of weight: no product of their size
             mean_row = weight.sum(0, dtype=out.losses.dtype) / weight.shape[0]
-            mean_bias = 0 if bias is None else gather(bias).mean(dtype=out.losses.dtype)
+            mean_bias = 0 if bias is None else gather("bias", bias).mean(dtype=out.losses.dtype)
             chosen_mean, rejected_mean = (
                 half.mean((0, 1), dtype=out.losses.dtype) @ mean_row + mean_bias for half in _input.split(n_pairs)
             )
