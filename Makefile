@@ -77,12 +77,13 @@ bench-cuda: $(VENV)/built
 sanitize: $(VENV)/built
 	VENV=$(VENV) tools/sanitize.sh
 
+# cython-lint looks for pycodestyle on PATH.
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
-	PATH="$(abspath $(BIN)):$$PATH" cython-lint $(CYTHON) # it looks for pycodestyle on PATH
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint $(CYTHON)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
