@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 WHEEL_VENV ?= .venv-wheel
 WHEEL_BIN := $(abspath $(WHEEL_VENV))/bin
 GLIBC ?= 2.28
-SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CYTHON := $(wildcard dpo_fast/*.pyx dpo_fast/*.pxd dpo_fast/*.pxi)
+SOURCES := setup.py pyproject.toml $(CYTHON) $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/*/*.h)
 
 .PHONY: help demo test test-cuda wheel test-wheel bench bench-cuda sanitize lint format clean
@@ -20,7 +21,7 @@ help:
 	@echo "make bench     measure everything beside its peers; ends with benchmarks/results/<machine>/report.md"
 	@echo "make bench-cuda  the same on a GPU"
 	@echo "make sanitize  run the kernel tests under the address and undefined-behaviour sanitizers"
-	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make lint      ruff, mypy, clang-format, cython-lint"
 	@echo "make format    rewrite the sources in the project's format"
 	@echo "make clean     remove what was built (not $(VENV))"
 
@@ -76,11 +77,13 @@ bench-cuda: $(VENV)/built
 sanitize: $(VENV)/built
 	VENV=$(VENV) tools/sanitize.sh
 
+# cython-lint looks for pycodestyle on PATH.
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint $(CYTHON)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
