@@ -332,7 +332,7 @@ def linear_dpo_loss(
     hidden, targets, ref_logps, ref_hidden, pairs, pair_weights, desirable, cu_seqlens, token_weights = plain_tensors(
         _TENSORS, (hidden, targets, ref_logps, ref_hidden, pairs, pair_weights, desirable, cu_seqlens, token_weights)
     )
-    logit_options, keywords = split_logit_keywords(options), dict[str, Any](options)  # type: ignore[arg-type]
+    logit_options, keywords = split_logit_keywords(options), dict(**options)  # type: ignore[arg-type]
     wpo, compact, wanted = truth("wpo", wpo), truth("compact", compact), loss_statistics(outputs)
     choice = choose(
         keywords, hidden, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,

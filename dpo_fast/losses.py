@@ -117,7 +117,7 @@ def dpo_loss(
     logits, targets, ref_logps, ref_logits, pairs, pair_weights, desirable, cu_seqlens, token_weights = plain_tensors(
         _TENSORS, (logits, targets, ref_logps, ref_logits, pairs, pair_weights, desirable, cu_seqlens, token_weights)
     )
-    logit_options, keywords = split_logit_keywords(options), dict[str, Any](options)  # type: ignore[arg-type]
+    logit_options, keywords = split_logit_keywords(options), dict(**options)  # type: ignore[arg-type]
     wpo, inplace, wanted = truth("wpo", wpo), truth("inplace_backward", inplace_backward), loss_statistics(outputs)
     choice = choose(
         keywords, logits, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,
@@ -199,7 +199,7 @@ def preference_loss(
         names, (logps, ref_logps, pairs, pair_weights, desirable, lengths)
     )
     choice = choose(
-        dict[str, Any](options), logps, beta, pair_weights, baseline, reduction, None, ref_logps, loss_type=loss_type,  # type: ignore[arg-type]
+        dict(**options), logps, beta, pair_weights, baseline, reduction, None, ref_logps, loss_type=loss_type,  # type: ignore[arg-type]
         label_smoothing=label_smoothing, average=average,
     )  # fmt: skip
     loss = choice.loss

@@ -279,7 +279,7 @@ def dpo_loss(
     the losses' sum; inplace_backward writes it over the logits. A function as loss_type then has to return (losses,
     derivatives by the chosen log-probs, derivatives by the rejected), [P] each.
     """
-    logit_options, keywords = split_logit_keywords(options), dict[str, Any](options)  # type: ignore[arg-type]
+    logit_options, keywords = split_logit_keywords(options), dict(**options)  # type: ignore[arg-type]
     wpo, with_grad, inplace = (
         truth("wpo", wpo),
         truth("with_grad", with_grad),
@@ -372,7 +372,7 @@ def preference_loss(
     if given.ndim != 1:
         raise ValueError(f"logps must have shape [S], found {given.shape}")
     loss, numbers = _choose(
-        dict[str, Any](options), beta, pair_weights, reference=ref_logps, baseline=baseline, token_weights=None,  # type: ignore[arg-type]
+        dict(**options), beta, pair_weights, reference=ref_logps, baseline=baseline, token_weights=None,  # type: ignore[arg-type]
         loss_type=loss_type, label_smoothing=label_smoothing, average=average, reduction=reduction,
     )  # fmt: skip
     loss.check_lengths(lengths is not None)

@@ -5,10 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from operator_calls import call
 
 import dpo_fast
 import dpo_fast.numpy
 from dpo_fast import reference
+from dpo_fast._checks import LogitOptions
+from dpo_fast._torch.operators import (
+    PREFERENCE_BACKWARD,
+    ROWS_BACKWARD,
+    TOKEN_FORWARD,
+    Grads,
+    PreferenceBackward,
+    Rows,
+    RowsBackward,
+    Saved,
+    Sequences,
+    TokenForward,
+)
 
 X = torch.randn(4, 3, 5)
 Y = torch.randint(0, 5, (4, 3))
@@ -77,7 +91,17 @@ VALUES = [
     *both(ValueError, r"loss_type must be one of 'sigmoid', 'hinge', .*, found 'hinge2'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="hinge2")),
     *both(ValueError, r"label_smoothing must be in \[0, 0.5\], found 0.6", lambda m, a: m.dpo_loss(a(X), a(Y), label_smoothing=0.6)),
     *both(ValueError, r"label_smoothing must be in \[0, 0.5\], found nan", lambda m, a: m.preference_loss(a(torch.ones(4)), label_smoothing=float("nan"))),
-    *both(ValueError, r"beta must be finite, found nan", lambda m, a: m.dpo_loss(a(X), a(Y), beta=float("nan"))),
+    *both(ValueError, r"beta must be at least 0 and finite, found nan", lambda m, a: m.dpo_loss(a(X), a(Y), beta=float("nan"))),
+    *both(ValueError, r"beta must be at least 0 and finite, found -1", lambda m, a: m.dpo_loss(a(X), a(Y), beta=-1)),
+    *both(ValueError, r"beta must be at least 0 and finite for every pair", lambda m, a: m.dpo_loss(a(X), a(Y), beta=a(torch.tensor([0.1, -0.1])))),
+    *both(ValueError, r"margin must have shape \(2,\) with one number per pair", lambda m, a: m.dpo_loss(a(X), a(Y), margin=a(torch.ones(3)))),
+    *both(ValueError, r"margin is read by 'sigmoid', .* only", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="nca_pair", margin=a(torch.ones(2)))),
+    *both(ValueError, r"dpop_lambda is read by 'sigmoid', .* only", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="nca_pair", dpop_lambda=1.0)),
+    *both(ValueError, r"valid_vocab must be at most the number of columns, 5, found 6", lambda m, a: m.token_logps(a(X), a(Y), valid_vocab=6)),
+    *both(IndexError, r"is outside \[0, 3\)", lambda m, a: m.token_logps(a(X), a(Y * 0 + 3), valid_vocab=3)),
+    *both(ValueError, r"z_loss_weight needs the logits", lambda m, a: m.preference_loss(a(torch.ones(4)), z_loss_weight=0.1)),
+    *both(ValueError, r"z_loss_weight adds one number", lambda m, a: m.dpo_loss(a(X), a(Y), z_loss_weight=0.1, reduction="none")),
+    *both(ValueError, r"this loss needs lengths", lambda m, a: m.preference_loss(a(torch.ones(4)), length_penalty=0.1)),
     *both(ValueError, r"reduction must be one of 'mean', 'sum', 'none', found 'avg'", lambda m, a: m.dpo_loss(a(X), a(Y), reduction="avg")),
     *both(ValueError, r"temperature must be positive and finite, found 0", lambda m, a: m.selective_log_softmax(a(X), a(Y), temperature=0.0)),
     *both(ValueError, r"softcap must be positive and finite, found -1", lambda m, a: m.token_logps(a(X), a(Y), softcap=-1.0)),
@@ -91,7 +115,7 @@ VALUES = [
     *both(ValueError, r"'exo_pair' needs label_smoothing in \(0, 0.5\]", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="exo_pair")),
     *both(ValueError, r"'robust' needs label_smoothing in \[0, 0.5\)", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="robust", label_smoothing=0.5)),
     *both(ValueError, r"'ipo' divide by beta: it must be positive, found 0", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="ipo", beta=0)),
-    *both(ValueError, r"'sppo_hard' divide by beta", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="sppo_hard", beta=-1)),
+    *both(ValueError, r"'sppo_hard' divide by beta", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="sppo_hard", beta=0)),
     *both(ValueError, r"'ipo' are defined on sums over tokens: average must be False", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="ipo", average=True)),
     *both(ValueError, r"'simpo' are defined on averages over tokens", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="simpo", average=False)),
     *both(ValueError, r"'simpo' need average=True, 'ipo' need average=False", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["simpo", "ipo"])),
@@ -106,7 +130,7 @@ VALUES = [
     *both(ValueError, r"desirable_weight is read by 'kto' only", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="bco", baseline=0.0, desirable_weight=2.0)),
     *both(ValueError, r"baseline goes with 'kto' and 'bco'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto")),
     *both(ValueError, r"baseline goes with 'kto' and 'bco'", lambda m, a: m.dpo_loss(a(X), a(Y), baseline=0.0)),
-    *both(ValueError, r"stand without others and without wpo, found 'kto', 'sigmoid'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["kto", "sigmoid"], baseline=0.0)),
+    *both(ValueError, r"take no others beside them and no wpo, found 'kto', 'sigmoid'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["kto", "sigmoid"], baseline=0.0)),
     *both(ValueError, r"take `desirable` \[S\], not pairs", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=0.0, pairs=a(torch.zeros(1, 2, dtype=torch.int64)))),
     *both(ValueError, r"desirable is for losses of single completions", lambda m, a: m.dpo_loss(a(X), a(Y), desirable=a(torch.ones(4)))),
     *both(ValueError, r"desirable must have shape \(4,\) with one truth value", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=0.0, desirable=a(torch.ones(3)))),
@@ -116,7 +140,7 @@ VALUES = [
     *both(ValueError, r"loss_weights must be finite, found inf", lambda m, a: m.dpo_loss(a(X), a(Y), loss_weights=[float("inf")])),
     *both(ValueError, r"loss_type must name 1 to 8 losses, found 0", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=[])),
     *both(ValueError, r"f_divergence 'forward_kl' is from a reference", lambda m, a: m.dpo_loss(a(X), a(Y), f_divergence="forward_kl")),
-    *both(ValueError, r"pair_weights weigh the losses of pairs, which 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", pair_weights=a(torch.ones(2)))),
+    *both(ValueError, r"pair_weights is for losses of pairs, which 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", pair_weights=a(torch.ones(2)))),
     *both(ValueError, r"token_weights must have shape \(4, 3\)", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=0.5, token_weights=a(torch.ones(3)))),
     *both(ValueError, r"pairs must have shape \[P, 2\]", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=0.5, pairs=a(torch.ones(1, 3, dtype=torch.int64)))),
     *both(IndexError, r"pairs.* \[0, 4\)", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=0.5, pairs=a(torch.tensor([[0, 9]])))),
@@ -124,7 +148,7 @@ VALUES = [
     *both(ValueError, r"loss_type must be one of .* or a list, found None", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=None)),
     *both(ValueError, r"loss_weights must be a list of 1 numbers, found 0.5", lambda m, a: m.dpo_loss(a(X), a(Y), loss_weights=0.5)),
     *both(ValueError, r"cu_seqlens must rise from 0", lambda m, a: m.dpo_loss(a(PACKED), a(Y.flatten()), ld_alpha=0.5, cu_seqlens=a(torch.tensor([0, 13, 12])))),
-    *both(ValueError, r"wpo weighs the losses that stand in the kernels, not those of 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", wpo=True)),
+    *both(ValueError, r"wpo weighs the losses of the kernels, not those of 'aot'", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="aot", wpo=True)),
     *both(ValueError, r"ld_alpha must be in \[0, 1\], found 2", lambda m, a: m.dpo_loss(a(X), a(Y), ld_alpha=2)),
     *both(ValueError, r"ld_alpha compares the completions of pairs", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type="kto", baseline=0.0, ld_alpha=0.5)),
     *both(ValueError, r"'sft' beside averages over tokens takes no token_weights", lambda m, a: m.dpo_loss(a(X), a(Y), loss_type=["simpo", "sft"], token_weights=a(torch.ones(4, 3)))),
@@ -198,29 +222,31 @@ def test_no_positions():
 
 def test_operators_called_directly_check_too():
     """The operators are public: shapes that do not fit must not reach a pointer."""
-    ops = torch.ops.dpo_fast
-    options = (-100, 1.0, 1.0, 0.0)
-    logps, stats = ops.token_forward(X, Y, None, *options, False, False, False, False)[:2]
-    bad = [
-        (logps[:2], stats, None, logps, None),
-        (logps, stats[:2], None, logps, None),
-        (logps, stats, None, logps[:, :1], None),
-        (logps, stats, None, logps, logps),  # a gradient of an entropy that was not computed
-        (logps, stats, logps[:1], logps, logps),
-    ]
-    for saved in bad:
-        with pytest.raises(ValueError, match="shape|entropy"):
-            ops.token_backward(X, Y, None, *options, *saved)
+    rows, seqs = Rows(Y, None, None, LogitOptions()), Sequences(None, False)
+    out = call(TOKEN_FORWARD, X, TokenForward(rows, 0, True))
+    logps, stats = out[:2]
+
+    def backward(saved, **grads):
+        call(ROWS_BACKWARD, X, RowsBackward(rows, seqs, None, 0.0, Saved(*saved), Grads(**grads)))
+
+    for saved, grads in (
+        ((logps[:2], stats, None, None, None), {"logps": logps}),
+        ((logps, stats[:2], None, None, None), {"logps": logps}),
+        ((logps, stats, None, None, None), {"logps": logps[:, :1]}),
+        ((logps, stats, None, None, None), {"entropy": logps}),  # of an entropy that was not computed
+        ((logps, stats, logps[:1], None, None), {"entropy": logps}),
+        ((logps, stats, None, None, None), {"lse": logps[:1]}),
+        ((logps, stats, None, None, None), {"seq_logps": torch.ones(2)}),
+        ((logps, stats, None, None, None), {"loss": torch.ones(())}),  # without derivatives of pairs
+        ((logps, stats, None, torch.ones(1, 2), None), {"loss": torch.ones(())}),
+        ((logps, stats, None, torch.ones(2, 2), None), {"losses": torch.ones(3)}),
+    ):
+        with pytest.raises(ValueError, match=r"shape|entropy|pair_grads"):
+            backward(saved, **grads)
     with pytest.raises(ValueError, match="row_mask must have shape"):
-        ops.token_forward(X, Y, torch.ones(2, 3), *options, False, False, False, False)
-    with pytest.raises(ValueError, match="grad_seq_logps must have shape"):
-        ops.sequence_backward(X, Y, None, None, False, *options, logps, stats, torch.ones(2))
+        call(TOKEN_FORWARD, X, TokenForward(rows._replace(row_mask=torch.ones(2, 3)), 0, True))
     with pytest.raises(ValueError, match="pair_grads must have shape"):
-        ops.dpo_backward(
-            X, Y, None, None, False, None, *options, True, logps, stats, torch.ones(1, 2), None, None, None
-        )
-    with pytest.raises(ValueError, match="pair_grads must have shape"):
-        ops.preference_backward(torch.ones(4), None, True, torch.ones(1, 2), None, None)
+        call(PREFERENCE_BACKWARD, torch.ones(4), PreferenceBackward(None, 0.0, torch.ones(1, 2), Grads()))
 
 
 def test_numpy_arrays_the_kernels_cannot_read():
@@ -250,10 +276,10 @@ def test_threads_must_be_positive():
 
 def test_preference_backward_checks_the_type():
     """The gradient has logps' type: any other than float32 and float64 would be written out of bounds."""
-    grads = torch.ones(2, 2, dtype=torch.float64), torch.ones(()), None
+    a = PreferenceBackward(None, 0.0, torch.ones(2, 2, dtype=torch.float64), Grads(loss=torch.ones(())))
     for dtype in (torch.float16, torch.bfloat16, torch.int8, torch.int64):
         with pytest.raises(TypeError, match="logps must be torch.float32 or torch.float64"):
-            torch.ops.dpo_fast.preference_backward(torch.zeros(4).to(dtype), None, 0.0, *grads)
+            call(PREFERENCE_BACKWARD, torch.zeros(4).to(dtype), a)
 
 
 def test_no_index_is_ignored_by_accident():
@@ -326,7 +352,5 @@ def test_reference_is_not_rounded():
 @pytest.mark.parametrize("module", [dpo_fast, dpo_fast.numpy], ids=["torch", "numpy"])
 def test_unknown_keyword(module):
     logps = torch.zeros(2) if module is dpo_fast else np.zeros(2)
-    with pytest.raises(
-        TypeError, match="unexpected keyword argument 'gamma'; options: 'loss_weights', .*'simpo_gamma'"
-    ):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gamma'; options: loss_weights, .*simpo_gamma"):
         module.preference_loss(logps, gamma=1.0)

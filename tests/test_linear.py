@@ -20,8 +20,11 @@ from helpers import (
 )
 
 import dpo_fast
-from dpo_fast import _head, linear_ops, reference
-from dpo_fast._loss.options import choose_loss
+from dpo_fast import reference
+from dpo_fast._torch import head as head_module
+from dpo_fast._torch import linear as linear_operators
+from dpo_fast._torch import tiles as tiling
+from dpo_fast._torch.operators import Needs
 
 S, T, H, V, R = 4, 9, 16, 507, 3
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,7 +34,7 @@ BUDGETS = (None, 12 * V * 4, 1)
 
 @pytest.fixture(autouse=True)
 def _small_row_groups(monkeypatch):
-    monkeypatch.setattr(_head, "ROW_GROUP", 2)
+    monkeypatch.setattr(tiling, "ROW_GROUP", 2)
 
 
 class Problem:
@@ -81,7 +84,7 @@ def exact_gradients(problem, grad_logits):
 
 def assert_gradients(found, exact, naive, dtype, budget):
     tiles = S * T if budget == 1 else 4  # at most
-    for name, x, value, other in zip(_head.Needs._fields, found, exact, naive, strict=True):
+    for name, x, value, other in zip(Needs._fields, found, exact, naive, strict=True):
         assert x.grad.dtype == dtype
         assert_accurate(x.grad, value, other.grad, dtype, name, roundings=tiles)
 
@@ -251,9 +254,9 @@ def test_frozen_inputs_cost_no_product(level, frozen, monkeypatch):
     """What does not require a gradient gets none, and no product of its size is made."""
     problem = Problem(torch.float64)
     made = []
-    real = _head.HeadGrads._sum
+    real = head_module.HeadSums._sum
     monkeypatch.setattr(
-        _head.HeadGrads, "_sum", lambda self, name, *rest: (made.append(name), real(self, name, *rest))[1]
+        head_module.HeadSums, "_sum", lambda self, name, *rest: (made.append(name), real(self, name, *rest))[1]
     )
     leaves = problem.leaves()
     leaves[frozen].requires_grad_(False)
@@ -265,20 +268,20 @@ def test_frozen_inputs_cost_no_product(level, frozen, monkeypatch):
     else:
         dpo_fast.linear_dpo_loss(head.pop("hidden"), head.pop("weight"), problem.targets, **head).loss.backward()
     assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(5)]
-    assert _head.Needs._fields[frozen] not in made
-    assert {"weight", "lora_a", "lora_b"} - {_head.Needs._fields[frozen]} == set(made)
+    assert Needs._fields[frozen] not in made
+    assert {"weight", "lora_a", "lora_b"} - {Needs._fields[frozen]} == set(made)
 
 
 def count_products(monkeypatch):
     """Counts how often a tile's logits are made."""
     counts = {"logits": 0}
-    real = _head.head_logits
+    real = head_module.head_logits
 
     def counting(*args):
         counts["logits"] += 1
         return real(*args)
 
-    monkeypatch.setattr(linear_ops, "head_logits", counting)
+    monkeypatch.setattr(linear_operators, "head_logits", counting)
     return counts
 
 
@@ -319,7 +322,7 @@ def test_kept_tiles_are_not_made_again(monkeypatch):
         counts["logits"] = 0
         out = dpo_fast.linear_token_logps(leaves[0], leaves[1], problem.targets, memory_budget=budget)
         plan = dpo_fast.linear_plan(n_rows, V, torch.float64, memory_budget=budget)
-        tiles = _head.tile_bounds(plan)
+        tiles = tiling.tile_bounds(plan)
         assert counts["logits"] == len(tiles)
         out.logps.sum().backward(retain_graph=True)
         recomputed = sum(start >= plan.kept_rows for start, _, _ in tiles)
@@ -433,22 +436,6 @@ def test_compiled_step():
     torch.testing.assert_close(found, expected)
     for x, y in zip(leaves[:2], other[:2], strict=True):
         torch.testing.assert_close(x.grad, y.grad)
-
-
-def test_opcheck():
-    problem = Problem(torch.float32)
-    targets = problem.targets.clamp(min=0)  # no row ignored: the kept logits are then defined throughout
-    head = (*problem.tensors, 0.7, targets)
-    options = (-100, 1.0, 1.0, 0.0)
-    forward = (*head, *options, True, False, True, False, 1 << 20, True, True)
-    torch.library.opcheck(torch.ops.dpo_fast.linear_token_forward.default, forward)
-    out = torch.ops.dpo_fast.linear_token_forward(*forward)
-    g = torch.randn(S, T)
-    backward = (*head, *options, out[0], out[1], out[2], out[-1], g, g, 1 << 20, True, *[True] * 5)
-    torch.library.opcheck(torch.ops.dpo_fast.linear_token_backward.default, backward)
-    loss = (*choose_loss().options, 0.0, True, True, False, True)  # divisor, wpo, statistics of tokens
-    dpo = (*head, problem.ref, None, problem.weights, True, None, None, None, *options, *loss, 1 << 20)
-    torch.library.opcheck(torch.ops.dpo_fast.linear_dpo_forward.default, (*dpo, *[True] * 5))
 
 
 def test_bad_input():

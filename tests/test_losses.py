@@ -12,10 +12,32 @@ import torch
 from helpers import assert_accurate, make_case, naive_sequence_logps, random_pairs, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_calls import call
 
 import dpo_fast
 from dpo_fast import reference
-from dpo_fast._loss.options import COUPLED_LOSSES, DIVERGENCES, PAIR_LOSSES, LossFlags
+from dpo_fast._checks import LogitOptions
+from dpo_fast._loss.options import (
+    COUPLED_LOSSES,
+    DIVERGENCES,
+    PAIR_LOSSES,
+    Given,
+    LossFlags,
+    PairNumbers,
+    choose_loss,
+)
+from dpo_fast._torch.operators import (
+    DPO_FORWARD,
+    PREFERENCE_BACKWARD,
+    PREFERENCE_FORWARD,
+    DPOForward,
+    Grads,
+    Pairs,
+    PreferenceBackward,
+    PreferenceForward,
+    Rows,
+    Sequences,
+)
 
 NAMES = (*PAIR_LOSSES, *COUPLED_LOSSES)
 
@@ -729,21 +751,18 @@ def test_own_function_may_work_in_place():
 
 def test_operators_with_absent_sides_stay_in_bounds():
     """Combinations that the functions refuse, given to the operator: no read outside the arrays."""
-    from dpo_fast._loss.options import choose_loss
-
     x, y = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
     pairs = torch.tensor([[0, -1], [-1, 1]])
-    loss = choose_loss(loss_type="kto", with_baseline=True).options
+    rows, seqs = Rows(y, None, None, LogitOptions()), Sequences(None, False)
+    loss = choose_loss(loss_type="kto", given=Given(baseline=True)).options
     mixed = loss._replace(types=(*loss.types, PAIR_LOSSES["sft"][0]), weights=(1.0, 1.0))
     for options in (loss, mixed):
-        args = (x, y, None, None, None, False, pairs, None, torch.zeros(()), -100, 1.0, 1.0, 0.0, *options, 0.0)
-        out = torch.ops.dpo_fast.dpo_forward(*args, True, False, False, False)
+        a = Pairs(pairs, PairNumbers(), torch.zeros(()), options, 0.0)
+        out = call(DPO_FORWARD, x, DPOForward(rows, seqs, a, None, True, 0, True))
         assert torch.isfinite(out[1]).all()
+    a = Pairs(None, PairNumbers(), None, choose_loss().options._replace(divergence=99), 0.0)
     with pytest.raises(ValueError, match="no divergence number 99"):
-        torch.ops.dpo_fast.preference_forward(
-            torch.zeros(2), None, None, None, None, None, *choose_loss().options._replace(divergence=99), 0.0
-        )
-    with pytest.raises(ValueError, match="pair_grads must be on the device of logps"):
-        torch.ops.dpo_fast.preference_backward(
-            torch.zeros(2), None, 0.0, torch.zeros(1, 2, device="meta"), torch.ones(()), None
-        )
+        call(PREFERENCE_FORWARD, torch.zeros(2), PreferenceForward(a, None, None, False, True))
+    a = PreferenceBackward(None, 0.0, torch.zeros(1, 2, device="meta"), Grads(loss=torch.ones(())))
+    with pytest.raises(ValueError, match="pair_grads must be on the device"):
+        call(PREFERENCE_BACKWARD, torch.zeros(2), a)

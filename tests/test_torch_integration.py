@@ -5,68 +5,49 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DTYPES, assert_accurate, make_case, naive_token_logps, random_pairs, to_numpy
+from operator_calls import call, recorded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dpo_fast
 from dpo_fast import _native, ops, reference  # ops defines torch.ops.dpo_fast
-from dpo_fast._loss.options import choose_loss
+from dpo_fast._checks import LogitOptions
+from dpo_fast._loss.options import PairNumbers, choose_loss
+from dpo_fast._torch.operators import (
+    DPO_FORWARD,
+    OPERATORS,
+    ROWS_BACKWARD,
+    DPOForward,
+    Grads,
+    Pairs,
+    Rows,
+    RowsBackward,
+    Saved,
+    Sequences,
+    flatten,
+    parse,
+)
 
-OPTIONS = (-100, 1.0, 1.0, 0.0)
-LOSS = (*choose_loss().options, 0.0)
-
-
-def operator_calls():
-    """One call of each operator, by name, with every kind of argument among them."""
-    x, targets = torch.randn(4, 3, 7), torch.randint(0, 7, (4, 3))
-    packed, cu = x.reshape(12, 7), torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)
-    weights, pairs, ref = torch.rand(4, 3), random_pairs(4), torch.randn(4)
-    mask = torch.tensor([[1, 0, 1]] * 4)
-    logps, stats, entropy = torch.ops.dpo_fast.token_forward(x, targets, mask, *OPTIONS, True, True, True, True)[:3]
-    g = torch.randn(4, 3)
-    token_backward = (x, targets, mask, *OPTIONS, logps, stats, entropy, g, g)
-    seq = torch.ops.dpo_fast.sequence_forward(packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS, False)
-    sequence_backward = (
-        packed,
-        targets.flatten(),
-        cu,
-        weights.flatten(),
-        True,
-        *OPTIONS,
-        seq[1],
-        seq[2],
-        torch.randn(4),
-    )
-    dpo = (x, targets, ref, None, weights, False, pairs, torch.rand(6), None, *OPTIONS, *LOSS, True, True, True, False)
-    out = torch.ops.dpo_fast.dpo_forward(*dpo)
-    n = len(pairs)
-    grads = (torch.randn(()), torch.randn(n), torch.randn(4))
-    dpo_backward = (x, targets, None, weights, False, pairs, *OPTIONS, 0.0, *out[5:8], *grads)
-    pref = torch.ops.dpo_fast.preference_forward(ref, None, torch.ones(4), pairs, None, torch.ones(()), *LOSS)
-    return {
-        "token_forward": (x, targets, mask, *OPTIONS, True, False, True, False),
-        "token_backward": token_backward,
-        "token_backward_": token_backward,
-        "sequence_forward": (packed, targets.flatten(), cu, weights.flatten(), True, *OPTIONS, True),
-        "sequence_backward": sequence_backward,
-        "sequence_backward_": sequence_backward,
-        "dpo_forward": dpo,
-        "dpo_backward": dpo_backward,
-        "dpo_backward_": dpo_backward,
-        "preference_forward": (ref, None, torch.ones(4), pairs, None, torch.ones(()), *LOSS),
-        "preference_backward": (ref, pairs, 0.0, pref[-1], *grads[:2]),
-    }
+CALLS = recorded()
 
 
-@pytest.mark.parametrize("name", operator_calls())
-def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.dpo_fast, name).default, operator_calls()[name])
+@pytest.mark.parametrize("i", range(len(CALLS)), ids=lambda i: f"{i}-{CALLS[i][0]}")
+def test_opcheck(i):
+    name, args = CALLS[i]
+    torch.library.opcheck(getattr(torch.ops.dpo_fast, name).default, args)
 
 
-def test_opcheck_covers_every_operator():
+def test_calls_cover_every_operator():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dpo_fast::")}
-    head = {name for name in defined if name.startswith("linear_")}  # those are in test_linear.py
-    assert {name.split(".")[0] for name in defined - head} == set(operator_calls())
-    assert {name.removesuffix("_") for name in operator_calls()} == set(ops.SCHEMAS)
+    assert {name.split(".")[0] for name in defined} == {name for name, _ in CALLS} == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_parse_undoes_flatten(name):
+    operator = next(operator for operator in OPERATORS if operator.name == name)
+    args = next(args for found, args in CALLS if found == name)[1:]
+    record = parse(operator.arguments, iter(args))
+    assert isinstance(record, operator.arguments)
+    assert all(a is b for a, b in zip(flatten(record), args, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_scale": 1.3, "softcap": 3.0}], ids=str)
@@ -79,7 +60,8 @@ def test_gradcheck(layout, options):
     weights = torch.rand(targets.shape, dtype=torch.float64)
 
     def token(x):
-        return dpo_fast.token_logps(case.view(x), targets, outputs=("logps", "entropy"), **options)[:2]
+        out = dpo_fast.token_logps(case.view(x), targets, outputs=("logps", "entropy", "lse"), **options)
+        return out.logps, out.entropy, out.lse
 
     def sequence(x):
         return dpo_fast.sequence_logps(
@@ -88,7 +70,15 @@ def test_gradcheck(layout, options):
 
     def loss(x):
         out = dpo_fast.dpo_loss(
-            case.view(x), targets, ref, pairs=pairs, cu_seqlens=cu, label_smoothing=0.1, beta=0.6, **options
+            case.view(x),
+            targets,
+            ref,
+            pairs=pairs,
+            cu_seqlens=cu,
+            label_smoothing=0.1,
+            beta=0.6,
+            z_loss_weight=0.2,
+            **options,
         )
         return out.loss, out.losses, out.logps
 
@@ -210,13 +200,13 @@ def test_fake_cuda_tensors():
         assert out.losses.shape == (2,)
         assert out.loss.device.type == "cuda"
         assert out.logps.dtype == torch.float32
-        forward = torch.ops.dpo_fast.dpo_forward(
-            x, targets, None, None, None, False, None, None, None, *OPTIONS, *LOSS, False, False, False, False
-        )
-        saved = forward[5:8]
-        assert (len(forward[-1]) == 4) == _native.has_cuda_kernels()  # what the CUDA kernels keep of each sequence
-        args = (x, targets, None, None, False, None, *OPTIONS, 0.0, *saved, out.loss, None, None)
-        grad = torch.ops.dpo_fast.dpo_backward(*args)
+        rows, seqs = Rows(targets, None, None, LogitOptions()), Sequences(None, False)
+        pairs = Pairs(None, PairNumbers(), None, choose_loss().options, 0.0)
+        forward = call(DPO_FORWARD, x, DPOForward(rows, seqs, pairs, None, False, 0, True))
+        loss, pair_grads, logps, stats, seq_saved = (forward[i] for i in (0, 4, 6, 7, 9))
+        assert (seq_saved.shape == (4, 4)) == _native.has_cuda_kernels()  # the CUDA kernels keep it of each sequence
+        saved = Saved(logps, stats, None, pair_grads, seq_saved)
+        grad = call(ROWS_BACKWARD, x, RowsBackward(rows, seqs, None, 0.0, saved, Grads(loss=loss)))
         assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device)
 
 
@@ -263,6 +253,7 @@ def test_autocast_and_gradient_accumulation():
 @pytest.mark.parametrize("k", [None, 3])
 def test_selective_log_softmax(dtype, k, isa):
     """TRL's signature: rank 1 to 4, one index or K per row (repeated ones too), masks, strided logits."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
     for lead in ((), (6,), (2, 3), (2, 2, 3)):
         base = torch.randn(*lead, 600).to(dtype).requires_grad_()
         x = base[..., 3:510]
@@ -272,7 +263,10 @@ def test_selective_log_softmax(dtype, k, isa):
         mask = torch.rand(index.shape) < 0.6
         for row_mask in (None, mask, mask.int()):
             base.grad = None
-            out = dpo_fast.selective_log_softmax(x, index, 0.7, row_mask)
+            out = dpo_fast.selective_log_softmax(x, index, 0.7, row_mask, dtype=wide)
+            own = dpo_fast.selective_log_softmax(x, index, 0.7, row_mask)
+            assert own.dtype == dtype
+            assert torch.equal(own, out.to(dtype))  # rounded once
             g = torch.randn_like(out)
             out.backward(g)
             exact = reference.selective_log_softmax(
@@ -280,8 +274,7 @@ def test_selective_log_softmax(dtype, k, isa):
             )
             assert_accurate(out, exact, None, dtype)
             found = base.grad[..., 3:510]
-            wide = to_numpy(x).astype(float)
-            leaf = torch.tensor(wide, requires_grad=True)
+            leaf = torch.tensor(to_numpy(x).astype(float), requires_grad=True)
             logp = torch.log_softmax(leaf / 0.7, -1)
             picked = logp.gather(-1, index if k is not None else index.unsqueeze(-1)).reshape(index.shape)
             if row_mask is not None:

@@ -28,12 +28,9 @@ def plain_tensors(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
     Raises:
         TypeError: lists, arrays, and tensors that hold something other than their own numbers; named.
     """
-    for value in values:
-        if value is not None and (
-            value.__class__ not in PLAIN or (value.is_neg() and not torch.compiler.is_compiling())
-        ):
-            break
-    else:
+    if not torch.compiler.is_compiling() and not any(
+        [value is not None and (value.__class__ not in PLAIN or value.is_neg()) for value in values]  # noqa: C419
+    ):
         return values
     return [None if value is None else plain_tensor(name, value) for name, value in zip(names, values, strict=True)]
 

@@ -41,7 +41,7 @@ def _inplace(into: Callable[..., None]) -> Callable[..., None]:
     return rows_backward_
 
 
-def _functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
+def device_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     """A device's functions by operator; those of the head serve every device."""
     into = module.rows_backward_into
     found: dict[str, Callable[..., Any]] = {"rows_backward": _fresh(into), "rows_backward_": _inplace(into)}
@@ -64,8 +64,8 @@ def _for_dispatcher(operator: Operator, function: Callable[..., Any]) -> Callabl
 
 
 _lib = torch.library.Library("dpo_fast", "DEF")
-_PLAIN = _functions(plain)
-DIRECT.update({kind: _functions(module) for kind, (_, module) in DEVICES.items()})
+_PLAIN = device_functions(plain)
+DIRECT.update({kind: device_functions(module) for kind, (_, module) in DEVICES.items()})
 for _operator in OPERATORS:
     _name = _operator.name
     _lib.define(_operator.schema(), tags=(torch.Tag.pt2_compliant_tag,))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dpo_fast._sequences import wide_type
 from torch import Tensor
 
 from dpo_fast import _checks, _loss_options
-from dpo_fast._sequences import wide_type
 from dpo_fast.ops import LOGIT_TYPES
 
 SEQ_SAVED = 4  # enum SeqSaved in csrc/cuda/launch.h

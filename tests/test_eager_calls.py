@@ -1,15 +1,17 @@
-"""What eager calls remember from one to the next (checks, shapes of results), and what they leave out without gradients."""
+"""Calls in eager mode go straight to their functions: same bits without gradients, nothing kept from one to the next."""
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from operator_calls import call
 
 import dpo_fast
-from dpo_fast._remembered import by_metadata
+from dpo_fast._checks import LogitOptions
+from dpo_fast._torch.operators import TOKEN_FORWARD, Rows, TokenForward
 
 S, T, V = 4, 5, 37
 
@@ -72,7 +74,7 @@ def test_inference_mode_first(name):
     assert leaf.grad.abs().sum() > 0
 
 
-def test_a_remembered_call_is_still_checked():
+def test_every_call_is_checked():
     x, targets, ref = tensors()
     for _ in range(2):
         dpo_fast.dpo_loss(x, targets, ref)
@@ -102,35 +104,28 @@ def test_results_of_two_calls_are_apart():
     assert torch.equal(second.losses, kept)
 
 
-def test_by_metadata():
-    calls = []
+def live_tensors():
+    gc.collect()
+    return [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
 
-    @by_metadata
-    def function(a, b, flag):
-        calls.append(a)
-        return a.shape
 
-    a, b = torch.zeros(3, 4), torch.zeros(2)
-    for _ in range(3):
-        assert function(a, b, True) == (3, 4)
-        assert function(torch.nn.Parameter(a), None, True) == (3, 4)
-    assert len(calls) == 2
-    # whatever metadata can say makes another call
-    others = [(a.t(), b, True), (a.double(), b, True), (a, b, False), (a, b[:1], True), (a[:, ::2], b, True)]
-    for n, args in enumerate(others):
-        function(*args)
-        function(*args)
-        assert len(calls) == 3 + n
-    with FakeTensorMode():
-        fake = torch.zeros(3, 4)
-        for n in range(2):
-            function(fake, None, True)
-            assert calls[-1] is fake
-            assert len(calls) == 8 + n
-    for n in range(1000):  # and it does not grow without end
-        function(torch.zeros(n, 0), None, True)
-    memo = next(c.cell_contents for c in function.__closure__ if isinstance(c.cell_contents, dict))
-    assert 0 < len(memo) <= 256
+@pytest.mark.parametrize("name", [*FUNCTIONS, "linear"])
+def test_no_tensor_outlives_a_step(name):
+    """A tensor kept for the next call would be in a CUDA graph's private pool where the first call was captured."""
+    x, targets, ref = tensors(t=23 + len(name))
+    weight = torch.randn(V, V, requires_grad=True)
+
+    def step():
+        leaf = x.clone().requires_grad_()
+        if name == "linear":
+            loss = dpo_fast.linear_dpo_loss(leaf, weight, targets, ref).loss
+        else:
+            loss = FUNCTIONS[name](leaf, targets, ref)[0].sum()
+        torch.autograd.grad(loss, leaf)
+
+    before = {id(t) for t in live_tensors()}
+    step()
+    assert not [t.shape for t in live_tensors() if id(t) not in before]
 
 
 def test_many_threads_with_many_shapes():
@@ -201,12 +196,12 @@ def test_results_without_elements_are_apart_too():
 def test_operators_called_by_name_share_nothing():
     """There autograd marks results of operators that it does not know how to differentiate."""
     x, targets = torch.randn(2, 3, 9, requires_grad=True), torch.zeros(2, 3, dtype=torch.long)
-    options = (-100, 1.0, 1.0, 0.0)
-    marked = torch.ops.dpo_fast.token_forward(x, targets, None, *options, False, False, False, False)
+    a = TokenForward(Rows(targets, None, None, LogitOptions()), 0, False)
+    marked = call(TOKEN_FORWARD, x, a)
     with torch.no_grad():
-        plain = torch.ops.dpo_fast.token_forward(x, targets, None, *options, False, False, False, False)
-    assert not any(a is b for a in marked for b in plain)
-    assert not any(t.requires_grad for t in plain)
+        plain = call(TOKEN_FORWARD, x, a)
+    assert not any(a is b for a in marked[:2] for b in plain[:2])
+    assert not any(t.requires_grad for t in plain[:2])
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 3), (4, 1), (6, 2)])
