@@ -92,6 +92,8 @@ def gather(name: str, tensor: Any) -> Any:
     """
     if tensor is None:
         return None
+    if hasattr(tensor, "ds_status"):  # DeepSpeed's, whole by now; backward asks for it again by this object
+        return tensor
     if not hasattr(tensor, "full_tensor"):
         return plain_tensor(name, tensor)
     from torch.distributed.tensor import Partial

@@ -35,6 +35,7 @@ class LossFlags:
     MARGIN = 16384
 
 
+PARAMETER_NAMES = _cpu.loss_parameters()
 PAIR_LOSSES = {name: (number, flags) for number, (name, flags) in enumerate(_cpu.loss_types())}
 COUPLED_LOSSES = {"aot": LossFlags.SMOOTHING, "aot_unpaired": LossFlags.SMOOTHING}
 LOSS_TYPES = (*PAIR_LOSSES, *COUPLED_LOSSES)
@@ -355,7 +356,7 @@ def choose_loss(
     options = LossOptions(
         types=tuple(PAIR_LOSSES[t][0] for t, c in zip(types, is_coupled, strict=True) if not c),  # type: ignore[index]
         weights=tuple(w for w, c in zip(weights, is_coupled, strict=True) if not c),
-        parameters=tuple(values[name] for name in _cpu.loss_parameters()),
+        parameters=tuple([values[name] for name in PARAMETER_NAMES]),
         divergence=divergence,
         average=average,
     )
@@ -372,7 +373,7 @@ REMEMBERED_TYPES = {str, float, int, bool, type(None), Given}
 
 def tokens_per_pair(options: LossOptions, count: Callable[[], float]) -> LossOptions:
     """The options with the chosen tokens per pair that "sft" is divided by: as given, else counted by `count`."""
-    i = _cpu.loss_parameters().index("tokens_per_pair")
+    i = PARAMETER_NAMES.index("tokens_per_pair")
     if options.parameters[i] or not any(flags & LossFlags.LENGTHS for flags in flags_of(options)):
         return options
     return options._replace(parameters=(*options.parameters[:i], count(), *options.parameters[i + 1 :]))

@@ -61,10 +61,8 @@ def _part(rows: Rows, index: Tensor | slice) -> Rows:
     return Rows(rows.targets.reshape(-1)[index], None, None, rows.options._replace(valid_vocab=0))
 
 
-def _kept(rows: Rows, vocab: int) -> Tensor:
-    kept = kept_rows(rows.targets, rows.options.ignore_index, rows.token_weights)
-    refuse_bad_targets(rows.targets, kept, vocab)
-    return kept.reshape(-1)
+def _kept(rows: Rows) -> Tensor:
+    return kept_rows(rows.targets, rows.options.ignore_index, rows.token_weights).reshape(-1)
 
 
 def _numbers(chosen: Tensor, compact: bool) -> Tensor | None:
@@ -94,7 +92,12 @@ class _Tokens(NamedTuple):
 
     def forward(self, z: Tensor, rows: Rows, index: Tensor | slice, wanted: int) -> None:
         """Takes in a tile of logits."""
-        found = call(TOKEN_FORWARD, z, TokenForward(_part(rows, index), wanted, True))
+        try:
+            found = call(TOKEN_FORWARD, z, TokenForward(_part(rows, index), wanted, True))
+        except IndexError:  # its position is one in the tile: say where it is among the caller's
+            kept = kept_rows(rows.targets, rows.options.ignore_index, rows.token_weights)
+            refuse_bad_targets(rows.targets, kept, z.shape[-1])
+            raise
         self.logps[index], self.stats[index] = found.logps, found.stats
         for all_rows, values in zip(self.statistics, found.statistics, strict=True):
             all_rows[index] = values
@@ -105,8 +108,10 @@ def linear_token_forward(hidden: Tensor, a: LinearTokenForward) -> LinearTokenRe
     head = trimmed(a.head, a.rows.options.valid_vocab)
     vocab, tokens = head.weight.shape[0], _Tokens.zeros(out.tokens)
     x = hidden.reshape(-1, hidden.shape[-1])
-    kept = _kept(a.rows, vocab)
-    rows = a.rows._replace(targets=a.rows.targets.reshape(-1).masked_fill(~kept, a.rows.options.ignore_index))
+    kept = _kept(a.rows)
+    rows = a.rows._replace(
+        targets=a.rows.targets.masked_fill(~kept.view(a.rows.targets.shape), a.rows.options.ignore_index)
+    )
     index = _numbers(kept, a.compact)
     plan = plan_rows(x.shape[0] if index is None else index.shape[0], vocab, hidden.dtype.itemsize, a.budget, a.keep)
     buffer = hidden.new_empty((plan.buffer_rows, vocab)) if out.buffer is None else out.buffer
@@ -122,7 +127,7 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
     head, options = trimmed(a.head, a.rows.options.valid_vocab), a.rows.options
     vocab, x = head.weight.shape[0], hidden.reshape(-1, hidden.shape[-1])
     incoming = [None if g is None else g.reshape(-1) for g in (a.grad.logps, a.grad.entropy, a.grad.lse)]
-    kept = kept_rows(a.rows.targets, options.ignore_index, a.rows.token_weights).reshape(-1)
+    kept = _kept(a.rows)
     moved = torch.zeros_like(kept)
     for g in incoming:
         moved = moved if g is None else moved | (g != 0)
@@ -207,7 +212,7 @@ class _Batch:
 
     def __init__(self, hidden: Tensor, a: LinearDPOForward, n_seqs: int, n_pairs: int, vocab: int) -> None:
         rows, targets, pairs = a.rows, a.rows.targets, a.pairs
-        kept = _kept(rows, vocab).view(targets.shape)
+        kept = _kept(rows).view(targets.shape)
         factors = token_factors(kept, rows.token_weights, a.seqs.cu_seqlens, a.seqs.average, torch.float64)
         self.factors = factors.reshape(-1)
         self.index = kept.reshape(-1).nonzero().squeeze(-1)

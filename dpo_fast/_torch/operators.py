@@ -6,7 +6,6 @@ nest; in the schema their fields are in one line, a name that would be ambiguous
 
 from __future__ import annotations
 
-import functools
 import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -273,14 +272,9 @@ def _is_record(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-@functools.cache
-def _fields(record: Any) -> dict[str, Any]:
-    return typing.get_type_hints(record)
-
-
 def _leaves(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The names and types of a record's fields, those of nested records in their place."""
-    for name, kind in _fields(record).items():
+    for name, kind in typing.get_type_hints(record).items():
         if _is_record(kind):
             yield from _leaves(kind, f"{name}_" if name in _PREFIXED else prefix)
         else:
@@ -296,11 +290,20 @@ def flatten(record: Any) -> Iterator[Any]:
             yield value
 
 
+def _parts(record: Any) -> tuple[Any, ...]:
+    """For each field the record that it is, None for others; fills in _PARTS for all of them."""
+    kinds = typing.get_type_hints(record).values()
+    _PARTS[record] = tuple([kind if _is_record(kind) and _parts(kind) else None for kind in kinds])
+    return _PARTS[record]
+
+
+# By record: see `_parts`. A table, because torch.compile cannot ask for type hints.
+_PARTS: dict[Any, tuple[Any, ...]] = {}
+
+
 def parse(record: Any, values: Iterator[Any]) -> Any:
     """The record whose flattened fields these are."""
-    return record._make(
-        [parse(kind, values) if _is_record(kind) else next(values) for kind in _fields(record).values()]
-    )
+    return record(*[next(values) if part is None else parse(part, values) for part in _PARTS[record]])
 
 
 class Operator(NamedTuple):
@@ -342,6 +345,11 @@ OPERATORS = (
     TOKEN_FORWARD, SEQUENCE_FORWARD, DPO_FORWARD, ROWS_BACKWARD, ROWS_BACKWARD_INPLACE, PREFERENCE_FORWARD,
     PREFERENCE_BACKWARD, LINEAR_TOKEN_FORWARD, LINEAR_TOKEN_BACKWARD, LINEAR_DPO_FORWARD,
 )  # fmt: skip
+
+for _operator in OPERATORS:
+    for _record in (_operator.arguments, _operator.result):
+        if _is_record(_record):
+            _parts(_record)
 
 # By device type and operator: the function (leading tensor, record) -> result that does it (register.py).
 DIRECT: dict[str, dict[str, Any]] = {}

@@ -75,15 +75,13 @@ def looks_at_values(tensor: Tensor) -> bool:
 
 
 def refuse_bad_targets(targets: Tensor, kept: Tensor, vocab: int) -> None:
-    """Raises IndexError for a target outside [0, vocab) of a row that counts, where values may be looked at."""
-    if looks_at_values(targets):
-        bad = kept & ((targets < 0) | (targets >= vocab))
-        if bad.any():
-            place = bad.nonzero()[0].tolist()
-            raise IndexError(
-                f"target {targets[tuple(place)].item()} at position {place} is outside [0, {vocab}) and is not "
-                f"ignore_index"
-            )
+    """Raises IndexError for a target outside [0, vocab) of a row that counts; looks at values."""
+    bad = kept & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"target {targets[tuple(place)].item()} at position {place} is outside [0, {vocab}) and is not ignore_index"
+        )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from dpo_fast._checks import positive_integer
+from dpo_fast._checks import integer
 
 # A tile has at least this many rows, whatever the budget: products of fewer rows waste the weight's read.
 ROW_GROUP = 32
@@ -29,7 +29,10 @@ def default_budget(device: torch.device, memory_budget: int | None) -> int:
     """The bytes that tiles of logits may take."""
     if memory_budget is None:
         return DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
-    return positive_integer("memory_budget", memory_budget)
+    budget = integer("memory_budget", memory_budget)
+    if budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, found {memory_budget}")
+    return budget
 
 
 def plan_rows(n_rows: int, vocab: int, itemsize: int, budget: int, keep: bool) -> LinearPlan:
