@@ -1,5 +1,6 @@
 // Every preference loss that is a sum over pairs: the value for one pair and its derivatives, shared by the CPU and
-// CUDA kernels. A new loss is one function here and one line in DPO_FAST_LOSSES (docs/losses.md).
+// CUDA kernels. A new loss is one function here and one line in DPO_FAST_LOSSES; a number that a loss reads is one line
+// in DPO_FAST_LOSS_PARAMETERS, or in DPO_FAST_PAIR_NUMBERS if each pair has its own (docs/losses.md).
 //
 // With log pi(y|x) the log-probability of a completion, its ratio is log pi(y|x) - log pi_ref(y|x) (without a
 // reference, the log-probability itself) and its score is that ratio under the divergence chosen (equal to it for
@@ -12,7 +13,7 @@
 
 namespace dpo_fast {
 
-// What a loss takes, for the checks of options; see dpo_fast/_loss_options.py.
+// What a loss takes, for the checks of options in Python.
 enum LossFlags {
   kDivergence = 1,          // reads scores: any f-divergence
   kSmoothing = 2,           // reads label_smoothing, in [0, 0.5]
@@ -28,27 +29,28 @@ enum LossFlags {
   kGamma = 2048,        // reads simpo_gamma
   kBaseline = 4096,     // reads baseline
   kSideWeights = 8192,  // reads desirable_weight and undesirable_weight
+  kMargin = 16384,      // reads the score margin, with dpop_lambda, length_penalty and margin in it
 };
 
 // name, flags
-#define DPO_FAST_LOSSES(X)                                   \
-  X(sigmoid, kDivergence | kSmoothing)                       \
-  X(hinge, kDivergence)                                      \
-  X(ipo, kDivergence | kBetaOver0 | kLengths | kSums)        \
-  X(exo_pair, kDivergence | kSmoothing | kSmoothingOver0)    \
-  X(nca_pair, 0)                                             \
-  X(robust, kDivergence | kSmoothing | kSmoothingUnderHalf)  \
-  X(bco_pair, 0)                                             \
-  X(sppo_hard, kBetaOver0)                                   \
-  X(apo_zero, 0)                                             \
-  X(apo_down, 0)                                             \
-  X(discopop, kDivergence | kTau)                            \
-  X(sigmoid_norm, kDivergence | kLengths | kSums)            \
-  X(sft, kLengths)                                           \
-  X(simpo, kSmoothing | kAverages | kReferenceFree | kGamma) \
-  X(cpo, kSmoothing | kSums | kReferenceFree)                \
-  X(orpo, kAverages | kReferenceFree)                        \
-  X(kto, kUnpaired | kBaseline | kSideWeights)               \
+#define DPO_FAST_LOSSES(X)                                            \
+  X(sigmoid, kDivergence | kMargin | kSmoothing)                      \
+  X(hinge, kDivergence | kMargin)                                     \
+  X(ipo, kDivergence | kBetaOver0 | kLengths | kSums)                 \
+  X(exo_pair, kDivergence | kMargin | kSmoothing | kSmoothingOver0)   \
+  X(nca_pair, 0)                                                      \
+  X(robust, kDivergence | kMargin | kSmoothing | kSmoothingUnderHalf) \
+  X(bco_pair, 0)                                                      \
+  X(sppo_hard, kBetaOver0)                                            \
+  X(apo_zero, 0)                                                      \
+  X(apo_down, 0)                                                      \
+  X(discopop, kDivergence | kMargin | kTau)                           \
+  X(sigmoid_norm, kDivergence | kLengths | kSums)                     \
+  X(sft, kLengths)                                                    \
+  X(simpo, kSmoothing | kAverages | kReferenceFree | kGamma)          \
+  X(cpo, kSmoothing | kSums | kReferenceFree)                         \
+  X(orpo, kAverages | kReferenceFree)                                 \
+  X(kto, kUnpaired | kBaseline | kSideWeights)                        \
   X(bco, kUnpaired | kBaseline)
 
 enum LossType {
@@ -85,22 +87,88 @@ constexpr int kDivergences = 4;
 
 constexpr int kMaxLossTerms = 8;
 
+// The numbers that a loss reads, as options hold them.
+#define DPO_FAST_LOSS_PARAMETERS(X)                                          \
+  X(beta)                                                                    \
+  X(label_smoothing)                                                         \
+  X(discopop_tau)                                                            \
+  X(simpo_gamma)                                                             \
+  X(alpha)              /* of the alpha-divergence */                        \
+  X(desirable_weight)   /* kto */                                            \
+  X(undesirable_weight) /* kto */                                            \
+  X(tokens_per_pair)    /* sft: chosen tokens over pairs; 0: counted */      \
+  X(dpop_lambda)        /* score margin: weight of a chosen ratio below 0 */ \
+  X(length_penalty)     /* score margin: for each token of difference */
+
 struct LossOptions {
   int n_terms;  // the loss is the sum over them of weight * loss
   int types[kMaxLossTerms];
   double weights[kMaxLossTerms];
-  double beta;
-  double label_smoothing;
-  double discopop_tau;
-  double simpo_gamma;
+#define DPO_FAST_PARAMETER(name) double name;
+  DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
   int divergence;
-  double alpha;               // of the alpha-divergence
-  double desirable_weight;    // kto
-  double undesirable_weight;  // kto
-  double baseline;            // kto: the KL estimate, times beta the reference point; bco: delta
-  double tokens_per_pair;     // sft: chosen tokens over pairs, in the batch
-  bool average;               // the log-probs are averages over tokens
+  double baseline;  // kto: the KL estimate, times beta the reference point; bco: delta
+  bool average;     // the log-probs are averages over tokens
 };
+
+enum LossParameter {
+#define DPO_FAST_PARAMETER(name) kParameter_##name,
+  DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
+      kLossParameters
+};
+
+DPO_FAST_HD const char* loss_parameter_name(int parameter) {
+  switch (parameter) {
+#define DPO_FAST_PARAMETER(name) \
+  case kParameter_##name: return #name;
+    DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
+    default: return "";
+  }
+}
+
+DPO_FAST_HD void set_loss_parameter(LossOptions& o, int parameter, double value) {
+  switch (parameter) {
+#define DPO_FAST_PARAMETER(name) \
+  case kParameter_##name: o.name = value; break;
+    DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
+#undef DPO_FAST_PARAMETER
+  }
+}
+
+// Whether a term of the loss has one of these flags.
+DPO_FAST_HD bool any_term(const LossOptions& o, int flags) {
+  for (int i = 0; i < o.n_terms; ++i)
+    if (loss_flags(o.types[i]) & flags) return true;
+  return false;
+}
+
+DPO_FAST_HD bool reads_lengths(const LossOptions& o) { return o.length_penalty != 0 || any_term(o, kLengths); }
+
+// The numbers that each pair may have of its own: the name, and the value where none are given.
+#define DPO_FAST_PAIR_NUMBERS(X)                             \
+  X(weight, 1) /* of its loss; 0: the pair counts as none */ \
+  X(beta, o.beta)                                            \
+  X(margin, 0) /* taken off the score margin */
+
+enum PairNumber {
+#define DPO_FAST_NUMBER(name, otherwise) kNumber_##name,
+  DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
+      kPairNumbers
+};
+
+DPO_FAST_HD const char* pair_number_name(int number) {
+  switch (number) {
+#define DPO_FAST_NUMBER(name, otherwise) \
+  case kNumber_##name: return #name;
+    DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
+    default: return "";
+  }
+}
 
 // One completion of a pair.
 struct Side {
@@ -113,7 +181,11 @@ struct Side {
 };
 
 struct Pair {
+  bool present;  // false: of weight 0, which counts as no pair
   Side chosen, rejected;
+#define DPO_FAST_NUMBER(name, otherwise) double name;
+  DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
 };
 
 struct PairLoss {
@@ -150,13 +222,20 @@ DPO_FAST_HD Curve smoothed_logistic(double x, double e) {
   return c;
 }
 
-// A function of x = beta * (score of the chosen - score of the rejected).
+// beta (score of the chosen - score of the rejected), with what may be added to it:
+//   beta lambda max(0, -ratio of the chosen), subtracted (DPO-Positive, Pal et al. 2024, arXiv:2402.13228);
+//   alpha (length of the chosen - length of the rejected) (R-DPO, Park et al. 2024, arXiv:2403.19159);
+//   the pair's own margin, subtracted (ODPO, Amini et al. 2024, arXiv:2402.10571).
 DPO_FAST_HD double score_margin(const Pair& p, const LossOptions& o) {
-  return o.beta * (p.chosen.score - p.rejected.score);
+  double score = p.chosen.score - p.rejected.score;
+  if (o.dpop_lambda != 0 && p.chosen.ratio < 0) score += o.dpop_lambda * p.chosen.ratio;
+  return p.beta * score + o.length_penalty * (p.chosen.length - p.rejected.length) - p.margin;
 }
 
 DPO_FAST_HD PairLoss of_score_margin(Curve c, const Pair& p, const LossOptions& o) {
-  return PairLoss{c.value, o.beta * c.slope * p.chosen.slope, -o.beta * c.slope * p.rejected.slope};
+  double slope = p.chosen.slope;
+  if (o.dpop_lambda != 0 && p.chosen.ratio < 0) slope += o.dpop_lambda;
+  return PairLoss{c.value, p.beta * c.slope * slope, -p.beta * c.slope * p.rejected.slope};
 }
 
 // DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with label smoothing conservative DPO.
@@ -183,15 +262,15 @@ DPO_FAST_HD PairLoss of_average_score_margin(Curve c, const Pair& p) {
 }
 
 // IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17), on averages over tokens.
-DPO_FAST_HD PairLoss ipo_loss(const Pair& p, const LossOptions& o) {
-  const double d = average_score_margin(p) - 1 / (2 * o.beta);
+DPO_FAST_HD PairLoss ipo_loss(const Pair& p, const LossOptions&) {
+  const double d = average_score_margin(p) - 1 / (2 * p.beta);
   return of_average_score_margin(Curve{d * d, 2 * d}, p);
 }
 
 // The sigmoid loss on averages over tokens.
-DPO_FAST_HD PairLoss sigmoid_norm_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = smoothed_logistic(o.beta * average_score_margin(p), 0);
-  return of_average_score_margin(Curve{c.value, o.beta * c.slope}, p);
+DPO_FAST_HD PairLoss sigmoid_norm_loss(const Pair& p, const LossOptions&) {
+  const Curve c = smoothed_logistic(p.beta * average_score_margin(p), 0);
+  return of_average_score_margin(Curve{c.value, p.beta * c.slope}, p);
 }
 
 // EXO (Ji et al. 2024, arXiv:2402.00856, eq. 16): KL((q, 1 - q) || (1 - e, e)), q = sigmoid(x).
@@ -227,8 +306,8 @@ DPO_FAST_HD PairLoss discopop_loss(const Pair& p, const LossOptions& o) {
 }
 
 // A loss that is f(beta * ratio of the chosen) + g(beta * ratio of the rejected).
-DPO_FAST_HD PairLoss of_rewards(Curve chosen, Curve rejected, const LossOptions& o) {
-  return PairLoss{chosen.value + rejected.value, o.beta * chosen.slope, o.beta * rejected.slope};
+DPO_FAST_HD PairLoss of_rewards(Curve chosen, Curve rejected, const Pair& p) {
+  return PairLoss{chosen.value + rejected.value, p.beta * chosen.slope, p.beta * rejected.slope};
 }
 
 DPO_FAST_HD Curve sigmoid_curve(double x) {
@@ -237,35 +316,35 @@ DPO_FAST_HD Curve sigmoid_curve(double x) {
 }
 
 // NCA (Chen et al. 2024, arXiv:2402.05369)
-DPO_FAST_HD PairLoss nca_pair_loss(const Pair& p, const LossOptions& o) {
-  const double c = o.beta * p.chosen.ratio, d = o.beta * p.rejected.ratio;
+DPO_FAST_HD PairLoss nca_pair_loss(const Pair& p, const LossOptions&) {
+  const double c = p.beta * p.chosen.ratio, d = p.beta * p.rejected.ratio;
   return of_rewards(Curve{softplus(-c) + 0.5 * softplus(c), 0.5 * sigmoid(c) - sigmoid(-c)},
-                    Curve{0.5 * softplus(d), 0.5 * sigmoid(d)}, o);
+                    Curve{0.5 * softplus(d), 0.5 * sigmoid(d)}, p);
 }
 
 // BCO without its running mean (Jung et al. 2024, arXiv:2404.04656)
-DPO_FAST_HD PairLoss bco_pair_loss(const Pair& p, const LossOptions& o) {
-  const double c = o.beta * p.chosen.ratio, d = o.beta * p.rejected.ratio;
-  return of_rewards(Curve{softplus(-c), -sigmoid(-c)}, Curve{softplus(d), sigmoid(d)}, o);
+DPO_FAST_HD PairLoss bco_pair_loss(const Pair& p, const LossOptions&) {
+  const double c = p.beta * p.chosen.ratio, d = p.beta * p.rejected.ratio;
+  return of_rewards(Curve{softplus(-c), -sigmoid(-c)}, Curve{softplus(d), sigmoid(d)}, p);
 }
 
 // SPPO with hard labels (Wu et al. 2024, arXiv:2405.00675, eq. 4.7)
-DPO_FAST_HD PairLoss sppo_hard_loss(const Pair& p, const LossOptions& o) {
-  const double c = p.chosen.ratio - 0.5 / o.beta, d = p.rejected.ratio + 0.5 / o.beta;
+DPO_FAST_HD PairLoss sppo_hard_loss(const Pair& p, const LossOptions&) {
+  const double c = p.chosen.ratio - 0.5 / p.beta, d = p.rejected.ratio + 0.5 / p.beta;
   return PairLoss{c * c + d * d, 2 * c, 2 * d};
 }
 
 // APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7)
-DPO_FAST_HD PairLoss apo_zero_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = sigmoid_curve(-o.beta * p.chosen.ratio);
-  return of_rewards(Curve{c.value, -c.slope}, sigmoid_curve(o.beta * p.rejected.ratio), o);
+DPO_FAST_HD PairLoss apo_zero_loss(const Pair& p, const LossOptions&) {
+  const Curve c = sigmoid_curve(-p.beta * p.chosen.ratio);
+  return of_rewards(Curve{c.value, -c.slope}, sigmoid_curve(p.beta * p.rejected.ratio), p);
 }
 
 // APO-down (the same, eq. 8)
-DPO_FAST_HD PairLoss apo_down_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = sigmoid_curve(o.beta * p.chosen.ratio);
-  const Curve m = sigmoid_curve(-o.beta * (p.chosen.ratio - p.rejected.ratio));
-  return of_rewards(Curve{c.value + m.value, c.slope - m.slope}, Curve{0, m.slope}, o);
+DPO_FAST_HD PairLoss apo_down_loss(const Pair& p, const LossOptions&) {
+  const Curve c = sigmoid_curve(p.beta * p.chosen.ratio);
+  const Curve m = sigmoid_curve(-p.beta * (p.chosen.ratio - p.rejected.ratio));
+  return of_rewards(Curve{c.value + m.value, c.slope - m.slope}, Curve{0, m.slope}, p);
 }
 
 // The negative log-likelihood of the chosen completions: summed over pairs and divided by their number, it is the mean
@@ -278,15 +357,15 @@ DPO_FAST_HD PairLoss sft_loss(const Pair& p, const LossOptions& o) {
 
 // SimPO (Meng et al. 2024, arXiv:2405.14734, eq. 6): averages over tokens, a target margin gamma, no reference.
 DPO_FAST_HD PairLoss simpo_loss(const Pair& p, const LossOptions& o) {
-  const double x = o.beta * (p.chosen.logp - p.rejected.logp) - o.simpo_gamma;
+  const double x = p.beta * (p.chosen.logp - p.rejected.logp) - o.simpo_gamma;
   const Curve c = smoothed_logistic(x, o.label_smoothing);
-  return PairLoss{c.value, o.beta * c.slope, -o.beta * c.slope};
+  return PairLoss{c.value, p.beta * c.slope, -p.beta * c.slope};
 }
 
 // CPO (Xu et al. 2024, arXiv:2401.08417, eq. 5): the preference term and the chosen completion's own log-likelihood.
 DPO_FAST_HD PairLoss cpo_loss(const Pair& p, const LossOptions& o) {
-  const Curve c = smoothed_logistic(o.beta * (p.chosen.logp - p.rejected.logp), o.label_smoothing);
-  return PairLoss{c.value - p.chosen.logp, o.beta * c.slope - 1, -o.beta * c.slope};
+  const Curve c = smoothed_logistic(p.beta * (p.chosen.logp - p.rejected.logp), o.label_smoothing);
+  return PairLoss{c.value - p.chosen.logp, p.beta * c.slope - 1, -p.beta * c.slope};
 }
 
 // log(1 - exp(x)) for x <= 0; which form keeps the digits depends on the side of -log 2 (Maechler 2012, "Accurately
@@ -301,25 +380,25 @@ DPO_FAST_HD Curve log_odds(double x) {
 }
 
 // ORPO (Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7): averages over tokens, beta is the paper's lambda.
-DPO_FAST_HD PairLoss orpo_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss orpo_loss(const Pair& p, const LossOptions&) {
   const Curve c = log_odds(p.chosen.logp), d = log_odds(p.rejected.logp);
   const Curve curve = smoothed_logistic(c.value - d.value, 0);
-  return PairLoss{o.beta * curve.value - p.chosen.logp, o.beta * vanishing(curve.slope, c.slope) - 1,
-                  -o.beta * vanishing(curve.slope, d.slope)};
+  return PairLoss{p.beta * curve.value - p.chosen.logp, p.beta * vanishing(curve.slope, c.slope) - 1,
+                  -p.beta * vanishing(curve.slope, d.slope)};
 }
 
 // KTO (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8)
 DPO_FAST_HD PairLoss kto_loss(const Pair& p, const LossOptions& o) {
   PairLoss out = {0, 0, 0};
   if (p.chosen.present) {
-    const Curve c = sigmoid_curve(-o.beta * (p.chosen.ratio - o.baseline));
+    const Curve c = sigmoid_curve(-p.beta * (p.chosen.ratio - o.baseline));
     out.loss += o.desirable_weight * c.value;
-    out.d_chosen = -o.desirable_weight * o.beta * c.slope;
+    out.d_chosen = -o.desirable_weight * p.beta * c.slope;
   }
   if (p.rejected.present) {
-    const Curve c = sigmoid_curve(-o.beta * (o.baseline - p.rejected.ratio));
+    const Curve c = sigmoid_curve(-p.beta * (o.baseline - p.rejected.ratio));
     out.loss += o.undesirable_weight * c.value;
-    out.d_rejected = o.undesirable_weight * o.beta * c.slope;
+    out.d_rejected = o.undesirable_weight * p.beta * c.slope;
   }
   return out;
 }
@@ -328,14 +407,14 @@ DPO_FAST_HD PairLoss kto_loss(const Pair& p, const LossOptions& o) {
 DPO_FAST_HD PairLoss bco_loss(const Pair& p, const LossOptions& o) {
   PairLoss out = {0, 0, 0};
   if (p.chosen.present) {
-    const double x = o.beta * p.chosen.ratio - o.baseline;
+    const double x = p.beta * p.chosen.ratio - o.baseline;
     out.loss += softplus(-x);
-    out.d_chosen = -o.beta * sigmoid(-x);
+    out.d_chosen = -p.beta * sigmoid(-x);
   }
   if (p.rejected.present) {
-    const double x = o.beta * p.rejected.ratio - o.baseline;
+    const double x = p.beta * p.rejected.ratio - o.baseline;
     out.loss += softplus(x);
-    out.d_rejected = o.beta * sigmoid(x);
+    out.d_rejected = p.beta * sigmoid(x);
   }
   return out;
 }

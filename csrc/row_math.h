@@ -1,5 +1,6 @@
 // Per-row formulas that the CPU and CUDA kernels share: how a row of logits is transformed, how partial sums over
-// pieces of a row merge, and how merged sums become log-probability, entropy and the other per-token statistics.
+// pieces of a row merge, how merged sums become log-probability, entropy and the other per-token statistics, and what
+// the backward pass makes of them. A new statistic is one line in DPO_FAST_STATISTICS and one in row_statistic.
 //
 // The partial sums are those of the online softmax (Milakov & Gimelshein, 2018, arXiv:1805.02867): everything is
 // relative to a `shift` near the maximum, so that exp neither overflows nor loses the largest term.
@@ -67,38 +68,97 @@ DPO_FAST_HD void merge_parts(RowPart& part, RowPart next, double unit) {
   }
 }
 
+// What a token may have beside its log-prob: the name, and whether it takes more of a RowPart than shift and sum.
+#define DPO_FAST_STATISTICS(X) \
+  X(entropy, true)             \
+  X(mean_logits, true)         \
+  X(is_top1, true)             \
+  X(log_sum_sq_probs, true)    \
+  X(lse, false)
+
+enum Statistic {
+#define DPO_FAST_STATISTIC(name, extras) kStatistic_##name,
+  DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
+#undef DPO_FAST_STATISTIC
+      kStatistics
+};
+
+DPO_FAST_HD const char* statistic_name(int statistic) {
+  switch (statistic) {
+#define DPO_FAST_STATISTIC(name, extras) \
+  case kStatistic_##name: return #name;
+    DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
+#undef DPO_FAST_STATISTIC
+    default: return "";
+  }
+}
+
+DPO_FAST_HD bool statistic_takes_extras(int statistic) {
+  switch (statistic) {
+#define DPO_FAST_STATISTIC(name, extras) \
+  case kStatistic_##name: return extras;
+    DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
+#undef DPO_FAST_STATISTIC
+    default: return false;
+  }
+}
+
 // log p of an entry whose value in the shift domain is `value`.
 DPO_FAST_HD double row_logp(const RowPart& part, double value, double unit) {
   return (value - part.shift) * unit - log(part.sum);
 }
 
-// H = -sum_v p_v log p_v
-DPO_FAST_HD double row_entropy(const RowPart& part) { return log(part.sum) - part.sum_ed / part.sum; }
+// The value of a statistic that is one number per row; all but is_top1, which is a bool per target.
+DPO_FAST_HD double row_statistic(int statistic, const RowPart& part, double unit, int64_t vocab) {
+  switch (statistic) {
+    case kStatistic_entropy:  // H = -sum_v p_v log p_v
+      return log(part.sum) - part.sum_ed / part.sum;
+    case kStatistic_mean_logits: return part.sum_z / (double)vocab;
+    case kStatistic_log_sum_sq_probs:  // log sum_v p_v^2
+      return log(part.sum_sq) - 2 * log(part.sum);
+    case kStatistic_lse:  // log sum_v exp(z_v)
+      return part.shift * unit + log(part.sum);
+    default: return NAN;
+  }
+}
 
-// log sum_v p_v^2
-DPO_FAST_HD double row_log_sum_sq_probs(const RowPart& part) { return log(part.sum_sq) - 2 * log(part.sum); }
+// Whether `target` is the first of the row's largest logits. Without a largest one (all -inf, which a soft-cap makes
+// finite) the first logit counts.
+DPO_FAST_HD bool row_is_top1(const RowPart& part, int64_t target) {
+  return (part.argmax < 0 ? 0 : part.argmax) == target && part.sum > 0;
+}
 
-// What the backward pass needs to know of a row:
+// The gradients that come in for one row.
+struct RowIncoming {
+  double logps;    // the sum over the row's targets
+  double entropy;  // of its statistics
+  double lse;
+  bool any;  // one of them all is not 0; otherwise the row's gradient is 0, whatever its logits
+};
+
+// A row's coefficients in the backward pass:
 //   dz_v = e_v * (coef + entropy_coef * (d_v - mean_d))  + the true-class terms.
 struct RowGrad {
   double shift;
-  double coef;          // -(sum of the incoming gradients of the row's log-probs) / sum
-  double entropy_coef;  // -(incoming gradient of the entropy) / sum
+  double coef;          // (gradient of the lse - sum of the gradients of the log-probs) / sum
+  double entropy_coef;  // -(gradient of the entropy) / sum
   double mean_d;        // sum_v p_v d_v
 };
 
-DPO_FAST_HD RowGrad row_grad(double shift, double inv_sum, double entropy, double grad_logp, double grad_entropy) {
+// `entropy` is read only where its gradient is not 0.
+DPO_FAST_HD RowGrad row_grad(double shift, double inv_sum, double entropy, const RowIncoming& in) {
   // entropy = log(sum) - mean_d
-  return RowGrad{shift, -grad_logp * inv_sum, -grad_entropy * inv_sum, -log(inv_sum) - entropy};
+  return RowGrad{shift, (in.lse - in.logps) * inv_sum, -in.entropy * inv_sum, -log(inv_sum) - entropy};
 }
 
-// dz at a target: the gradients g of the log-probs of this very entry, G of all the row's log-probs, h of the entropy.
-// 1 - p is formed by expm1, so that a confident token keeps its small gradient.
-DPO_FAST_HD double target_grad(double logp, double g, double G, double entropy, double h) {
+// dz at a target: g is the gradient of the log-probs of this very entry, part of in.logps. 1 - p is formed by expm1, so
+// that a confident token keeps its small gradient.
+DPO_FAST_HD double target_grad(double logp, double g, double entropy, const RowIncoming& in) {
   const double p = exp(logp);
   double dz = -g * expm1(logp);
-  if (G != g) dz -= (G - g) * p;
-  if (h != 0 && p > 0) dz -= h * p * (logp + entropy);
+  if (in.logps != g) dz -= (in.logps - g) * p;
+  if (in.lse != 0) dz += in.lse * p;
+  if (in.entropy != 0 && p > 0) dz -= in.entropy * p * (logp + entropy);
   return dz;
 }
 

@@ -1,0 +1,96 @@
+"""The arguments of the kernels, by group, as the bindings `_cpu` and `_cuda` take them.
+
+An address is an int, or None for an array that is not given; where there are elements, 0 is refused. Strides and sizes
+are in elements. Arrays are contiguous, the logits and their gradient apart. Float arrays beside the logits are float32,
+or float64 where the logits are, unless a line says otherwise; integers are int64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+Address = int | None
+
+
+class KernelRows(NamedTuple):
+    """The rows of logits [n_seqs, rows_per_seq, width]; packed ones are one sequence."""
+
+    logit_type: int  # enum LogitType in csrc/sequence_math.h
+    n_seqs: int
+    rows_per_seq: int
+    width: int  # columns in memory
+    seq_stride: int
+    row_stride: int
+    vocab_stride: int
+    n_targets: int
+    ignore_index: int
+    temperature: float
+    logit_scale: float
+    softcap: float  # 0: none
+    valid_vocab: int  # columns that count, the rest is minus infinity; 0: all
+    logits: Address
+    targets: Address  # [rows, n_targets]
+    row_mask: Address  # uint8 [rows]; None: every row counts
+    token_weights: Address  # [rows], float64 with weights_double, else float32; None: 1
+    weights_double: bool
+
+
+class KernelSequences(NamedTuple):
+    """Which rows a sequence has."""
+
+    cu_seqlens: Address  # [n_seqs + 1], int64 with cu_int64, else int32; None: rows_per_seq rows each
+    cu_int64: bool
+    n_seqs: int
+    average: bool  # over the sum of the weights
+
+
+class KernelPairs(NamedTuple):
+    """Which sequences a pair has."""
+
+    pairs: Address  # [n_pairs, 2], -1: no such side; None: first half chosen, second half rejected
+    n_pairs: int
+    divisor: float  # of the sum of the losses; 0: n_pairs
+    baseline: Address  # float64 []
+    numbers: tuple[Address, ...]  # float64 [n_pairs] each, in the order of `_cpu.pair_numbers()`
+    order: Address = None  # [2 n_pairs]: the entries 2 p + side of `pairs`, sorted by sequence; CUDA only
+    offsets: Address = None  # [n_seqs + 1]: where each sequence's entries begin in `order`
+
+
+class KernelLosses(NamedTuple):
+    """Results of the losses, [n_pairs] each but for `loss` []."""
+
+    loss: Address
+    losses: Address
+    chosen_rewards: Address
+    rejected_rewards: Address
+    pair_grads: Address  # float64 [n_pairs, 2], for backward: derivatives by the two log-probs; None on the CPU: not kept
+
+
+class KernelSaved(NamedTuple):
+    """What forward leaves for backward."""
+
+    logps: Address  # [rows, n_targets]
+    stats: Address  # [rows, 2]
+    entropy: Address  # [rows], read beside its gradient
+    pair_grads: Address  # float64 [n_pairs, 2], read beside pairs
+    seq_saved: Address = None  # float64 [n_seqs, _cuda.SEQ_SAVED], CUDA only
+
+
+class KernelGrads(NamedTuple):
+    """Incoming gradients; None: none."""
+
+    token_logps: Address  # [rows, n_targets]
+    entropy: Address  # [rows]
+    lse: Address  # [rows]
+    seq_logps: Address  # [n_seqs]
+    loss: Address  # []
+    losses: Address  # [n_pairs]
+
+
+class KernelOut(NamedTuple):
+    """The gradient of the logits, which may be the logits' own memory."""
+
+    data: Address
+    seq_stride: int
+    row_stride: int
+    vocab_stride: int
