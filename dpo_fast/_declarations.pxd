@@ -5,8 +5,9 @@ from libc.stdint cimport int32_t, int64_t, uint8_t
 
 
 cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
-    const int kStatistics, kLossParameters, kPairNumbers, kMaxLossTerms, kLossTypes, kDivergences, kUnpaired
-    const int kStatistic_log_sum_sq_probs
+    const int kLogitTypes, kStatistics, kLossParameters, kPairNumbers, kMaxLossTerms, kLossTypes
+    const int kDivergences
+    const int kStatistic_entropy, kStatistic_log_sum_sq_probs
 
     const char* statistic_name(int)
     const char* loss_parameter_name(int)

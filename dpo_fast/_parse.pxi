@@ -41,6 +41,8 @@ cdef Rows parse_rows(object arguments) except *:
     (rows.logit_type, n_seqs, rows.rows_per_seq, rows.width, rows.seq_stride, rows.row_stride, rows.vocab_stride,
      rows.n_targets, rows.ignore_index, rows.transform.temperature, rows.transform.logit_scale, rows.transform.softcap,
      rows.vocab, logits, targets, row_mask, weights, rows.weights_double) = fields(arguments, "rows")
+    if not 0 <= rows.logit_type < kLogitTypes:
+        raise ValueError(f"there is no type of logits number {rows.logit_type}")
     if rows.vocab == 0:
         rows.vocab = rows.width
     if not 0 <= rows.vocab <= rows.width:

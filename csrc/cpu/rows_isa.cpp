@@ -11,11 +11,9 @@ constexpr int64_t kBlockLogits = 2048;
 // Vectors per loop turn: independent accumulators hide the latency of the additions.
 constexpr int kUnroll = 4;
 // The shift follows the maximum only when it is passed by this much (in z): fewer restarts, and exp(kSlack) is far from
-// overflow. It stays small because the rounding of x - shift grows with it.
+// overflow. It stays small because the rounding of x - shift grows with it. One rule with and without extras: a
+// log-prob's bits must not depend on the statistics asked for beside it.
 constexpr double kSlack = 8;
-// With extras it stays at the maximum: entropy is a difference of two numbers that grow with the distance.
-template <bool kExtras>
-constexpr double kSlackFor = kExtras ? 0 : kSlack;
 constexpr int kPrefetchBytes = 8192;
 
 // The transform in the precision of the vectors.
@@ -220,7 +218,7 @@ RowPart forward(const void* logits, int64_t stride, int64_t n, const LogitTransf
     RowPart part = forward_block<Io, kKind, kExtras>(block, size, total.shift, c);
     double top = part.max;
     if constexpr (kKind == kCapped) top = shift_domain<kKind>(splat<V>(top), c)[0];
-    if (top > total.shift + kSlackFor<kExtras> / unit) part = forward_block<Io, kKind, kExtras>(block, size, top, c);
+    if (top > total.shift + kSlack / unit) part = forward_block<Io, kKind, kExtras>(block, size, top, c);
     if constexpr (kExtras)
       if (part.max > total.max) part.argmax = start + first_position<Io>(block, size, part.max);
     merge_parts(total, part, unit);
