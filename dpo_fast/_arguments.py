@@ -63,7 +63,7 @@ class KernelLosses(NamedTuple):
     losses: Address
     chosen_rewards: Address
     rejected_rewards: Address
-    pair_grads: Address  # float64 [n_pairs, 2], for backward: derivatives by the two log-probs; None on the CPU: not kept
+    pair_grads: Address  # float64 [n_pairs, 2], derivatives by the two log-probs; on the CPU None: no backward
 
 
 class KernelSaved(NamedTuple):

@@ -3,8 +3,8 @@
 """The CPU kernels: a binding of csrc/cpu/batch.h.
 
 Each entry is one fused operation: `token_forward` stops at token log-probs, `sequence_forward` at sequence log-probs,
-`dpo_forward` at the loss and its derivatives, all in one call; `backward` goes from incoming gradients at any of these
-levels to the gradient of the logits in another. `preference_forward` and `preference_backward` are the loss alone.
+`dpo_forward` at the loss and its derivatives; `backward` goes from incoming gradients at any of these levels to the
+gradient of the logits. `preference_forward` and `preference_backward` are the loss alone.
 
 Arrays come as addresses with sizes, in the NamedTuples of dpo_fast/_arguments.py, so torch tensors and NumPy arrays
 take the same path and no torch symbol is needed. The callers have checked shapes and types; what depends on values
@@ -64,7 +64,7 @@ cdef const RowKernels* kernels = NULL
 
 
 def after_fork_in_child():
-    """OpenMP's threads do not live on in a forked child: work there in the calling thread."""
+    """Works in the calling thread from here on: OpenMP's threads do not live on in a forked child."""
     c_after_fork_in_child()
 
 
@@ -134,9 +134,7 @@ cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
     )
 
 
-cdef int check(
-    BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs
-) except -1:
+cdef int check(BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs) except -1:
     """Raises what the kernels found.
 
     Raises:
@@ -157,16 +155,11 @@ cdef int check(
             f"cu_seqlens must not decrease: cu_seqlens[{i + 1}] = {seq_bound(seqs[0], i + 1)} follows "
             f"{seq_bound(seqs[0], i)}"
         )
-    raise ValueError(
-        f"cu_seqlens[{i}] must be the number of rows, {rows.n_rows}, found {seq_bound(seqs[0], i)}"
-    )
+    raise ValueError(f"cu_seqlens[{i}] must be the number of rows, {rows.n_rows}, found {seq_bound(seqs[0], i)}")
 
 
 cdef References parse_references(object ref_logps, bint ref_double, int64_t n_seqs) except *:
-    cdef References ref
-    ref.logps = <const void*>optional(ref_logps, n_seqs, "ref_logps")
-    ref.is_double = ref_double
-    return ref
+    return References(<const void*>optional(ref_logps, n_seqs, "ref_logps"), ref_double)
 
 
 def token_forward(object rows, int threads, object logps, object stats, object statistics):
@@ -259,8 +252,7 @@ def backward(object rows, object seqs, object pairs, int threads, object saved, 
     with nogil:
         status = c_backward(
             kernels[0], r, &q if with_seqs else NULL, &p if with_pairs else NULL, threads, tokens, pair_derivatives,
-            incoming, grad_logits,
-        )
+            incoming, grad_logits)
     check(status, &r, &q, &p, n_seqs)
 
 
