@@ -1,4 +1,4 @@
-"""Builds the native kernels. Everything else about the package stands in pyproject.toml."""
+"""Builds the native kernels. Everything else about the package is in pyproject.toml."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
     }
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
-# No contraction, no fast-math: the kernels say themselves where a fused multiply-add stands. -fno-math-errno and
+# No contraction, no fast-math: the kernels say themselves where to fuse a multiply-add. -fno-math-errno and
 # -fno-trapping-math change no result.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
@@ -39,8 +39,10 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LIMITED_API = [] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000"), ("CYTHON_LIMITED_API", "1")]
 CYTHON_DIRECTIVES = {"embedsignature": True, "freethreading_compatible": True}
 
-HEADERS = [f"csrc/{name}.h" for name in ("row_math", "preference_loss", "sequence_math", "cpu/rows", "cpu/batch", "cpu/simd")]
-BINDING = ["dpo_fast/_declarations.pxd", "dpo_fast/_parse.pxi"]
+HEADERS = [f"csrc/{name}.h" for name in ("row_math", "preference_loss", "sequence_math")]  # shared by CPU and CUDA
+CPU_HEADERS = [f"csrc/cpu/{name}.h" for name in ("batch", "rows", "simd")]
+# Included by both bindings; Cython finds only the .pxd by itself.
+BINDING_PARTS = ["dpo_fast/_declarations.pxd", "dpo_fast/_parse.pxi"]
 ROWS_ISA = "csrc/cpu/rows_isa.cpp"
 
 # The one that takes longest first, so that the processors end together.
@@ -48,7 +50,7 @@ CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("losses", "float64", "bfloat
 CUDA_HEADERS = [f"csrc/cuda/{name}.h" for name in ("launch", "device", "forward", "backward", "losses")]
 # Compute capabilities, as far as the nvcc found knows them; the newest also as PTX, for GPUs to come.
 CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
-# As on the CPU: the kernels say themselves where a fused multiply-add stands.
+# As on the CPU: the kernels say themselves where to fuse a multiply-add.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_OBJECTS, PTXAS_REPORT = Path("build/cuda"), Path("build/ptxas.txt")
 
@@ -147,7 +149,7 @@ class BuildExt(build_ext):
 cpu = Extension(
     "dpo_fast._cpu",
     sources=["dpo_fast/_cpu.pyx", "csrc/cpu/batch.cpp", "csrc/cpu/rows.cpp"],
-    depends=[*HEADERS, *BINDING, ROWS_ISA],
+    depends=[*HEADERS, *CPU_HEADERS, *BINDING_PARTS, ROWS_ISA],
     include_dirs=["csrc"],
     define_macros=LIMITED_API,
     extra_compile_args=CXX_FLAGS,
@@ -167,7 +169,7 @@ if NVCC is not None:
         Extension(
             "dpo_fast._cuda",
             sources=["dpo_fast/_cuda.pyx"],
-            depends=[*HEADERS, *BINDING, *CUDA_HEADERS, *CUDA_SOURCES],
+            depends=[*HEADERS, *CUDA_HEADERS, *BINDING_PARTS, *CUDA_SOURCES],
             include_dirs=["csrc", cuda_include],
             library_dirs=cuda_libraries,
             # the static runtime: no CUDA library need be installed where the package is used

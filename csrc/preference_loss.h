@@ -1,5 +1,6 @@
 // Every preference loss that is a sum over pairs: the value for one pair and its derivatives, shared by the CPU and
-// CUDA kernels. A new loss is one function here and one line in DPO_FAST_LOSSES (docs/losses.md).
+// CUDA kernels. A new loss is one function here and one line in DPO_FAST_LOSSES; a number that a loss reads is one line
+// in DPO_FAST_LOSS_PARAMETERS, or in DPO_FAST_PAIR_NUMBERS if each pair has its own (docs/losses.md).
 //
 // With log pi(y|x) the log-probability of a completion, its ratio is log pi(y|x) - log pi_ref(y|x) (without a
 // reference, the log-probability itself) and its score is that ratio under the divergence chosen (equal to it for
@@ -12,7 +13,7 @@
 
 namespace dpo_fast {
 
-// What a loss takes, for the checks of options; see dpo_fast/_loss/options.py.
+// What a loss takes, for the checks of options in Python.
 enum LossFlags {
   kDivergence = 1,          // reads scores: any f-divergence
   kSmoothing = 2,           // reads label_smoothing, in [0, 0.5]
@@ -28,7 +29,7 @@ enum LossFlags {
   kGamma = 2048,        // reads simpo_gamma
   kBaseline = 4096,     // reads baseline
   kSideWeights = 8192,  // reads desirable_weight and undesirable_weight
-  kMargin = 16384,      // reads the score margin: dpop_lambda, length_penalty, margin
+  kMargin = 16384,      // reads the score margin, with dpop_lambda, length_penalty and margin in it
 };
 
 // name, flags
@@ -86,52 +87,29 @@ constexpr int kDivergences = 4;
 
 constexpr int kMaxLossTerms = 8;
 
-// The numbers of a loss that are the same for all pairs.
-#define DPO_FAST_LOSS_PARAMETERS(X)                                     \
-  X(beta)                                                               \
-  X(label_smoothing)                                                    \
-  X(discopop_tau)                                                       \
-  X(simpo_gamma)                                                        \
-  X(alpha)              /* of the alpha-divergence */                   \
-  X(desirable_weight)   /* kto */                                       \
-  X(undesirable_weight) /* kto */                                       \
-  X(tokens_per_pair)    /* sft: chosen tokens over pairs; 0: counted */ \
-  X(dpop_lambda)        /* penalty on a chosen ratio below 0 */         \
-  X(length_penalty)     /* per token that the chosen completion is longer */
-
-// The numbers of each pair, which may be absent: 1, the loss's beta and 0 then.
-#define DPO_FAST_PAIR_NUMBERS(X) \
-  X(weight)                      \
-  X(beta)                        \
-  X(margin) /* subtracted from the score margin */
-
-enum PairNumber {
-#define DPO_FAST_NUMBER(name) kPair_##name,
-  DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
-#undef DPO_FAST_NUMBER
-      kPairNumbers
-};
-
-DPO_FAST_HD const char* pair_number_name(int i) {
-  switch (i) {
-#define DPO_FAST_NUMBER(name) \
-  case kPair_##name: return #name;
-    DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
-#undef DPO_FAST_NUMBER
-    default: return "";
-  }
-}
+// The numbers that a loss reads, as options hold them.
+#define DPO_FAST_LOSS_PARAMETERS(X)                                          \
+  X(beta)                                                                    \
+  X(label_smoothing)                                                         \
+  X(discopop_tau)                                                            \
+  X(simpo_gamma)                                                             \
+  X(alpha)              /* of the alpha-divergence */                        \
+  X(desirable_weight)   /* kto */                                            \
+  X(undesirable_weight) /* kto */                                            \
+  X(tokens_per_pair)    /* sft: chosen tokens over pairs; 0: counted */      \
+  X(dpop_lambda)        /* score margin: weight of a chosen ratio below 0 */ \
+  X(length_penalty)     /* score margin: for each token of difference */
 
 struct LossOptions {
   int n_terms;  // the loss is the sum over them of weight * loss
   int types[kMaxLossTerms];
   double weights[kMaxLossTerms];
-  int divergence;
-  bool average;     // the log-probs are averages over tokens
-  double baseline;  // kto: the KL estimate, times beta the reference point; bco: delta
 #define DPO_FAST_PARAMETER(name) double name;
   DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
 #undef DPO_FAST_PARAMETER
+  int divergence;
+  double baseline;  // kto: the KL estimate, times beta the reference point; bco: delta
+  bool average;     // the log-probs are averages over tokens
 };
 
 enum LossParameter {
@@ -141,8 +119,8 @@ enum LossParameter {
       kLossParameters
 };
 
-DPO_FAST_HD const char* loss_parameter_name(int i) {
-  switch (i) {
+DPO_FAST_HD const char* loss_parameter_name(int parameter) {
+  switch (parameter) {
 #define DPO_FAST_PARAMETER(name) \
   case kParameter_##name: return #name;
     DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
@@ -151,27 +129,45 @@ DPO_FAST_HD const char* loss_parameter_name(int i) {
   }
 }
 
-DPO_FAST_HD void set_loss_parameter(LossOptions& o, int i, double x) {
-  switch (i) {
+DPO_FAST_HD void set_loss_parameter(LossOptions& o, int parameter, double value) {
+  switch (parameter) {
 #define DPO_FAST_PARAMETER(name) \
-  case kParameter_##name: o.name = x; break;
+  case kParameter_##name: o.name = value; break;
     DPO_FAST_LOSS_PARAMETERS(DPO_FAST_PARAMETER)
 #undef DPO_FAST_PARAMETER
   }
 }
 
-// Whether the loss reads the lengths of the sequences.
-DPO_FAST_HD bool reads_lengths(const LossOptions& o) {
+// Whether a term of the loss has one of these flags.
+DPO_FAST_HD bool any_term(const LossOptions& o, int flags) {
   for (int i = 0; i < o.n_terms; ++i)
-    if (loss_flags(o.types[i]) & kLengths) return true;
-  return o.length_penalty != 0;
+    if (loss_flags(o.types[i]) & flags) return true;
+  return false;
 }
 
-// Whether its completions are alone.
-DPO_FAST_HD bool is_unpaired(const LossOptions& o) {
-  for (int i = 0; i < o.n_terms; ++i)
-    if (loss_flags(o.types[i]) & kUnpaired) return true;
-  return false;
+DPO_FAST_HD bool reads_lengths(const LossOptions& o) { return o.length_penalty != 0 || any_term(o, kLengths); }
+
+// The numbers that each pair may have of its own: the name, and the value where none are given.
+#define DPO_FAST_PAIR_NUMBERS(X)                             \
+  X(weight, 1) /* of its loss; 0: the pair counts as none */ \
+  X(beta, o.beta)                                            \
+  X(margin, 0) /* taken off the score margin */
+
+enum PairNumber {
+#define DPO_FAST_NUMBER(name, otherwise) kNumber_##name,
+  DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
+      kPairNumbers
+};
+
+DPO_FAST_HD const char* pair_number_name(int number) {
+  switch (number) {
+#define DPO_FAST_NUMBER(name, otherwise) \
+  case kNumber_##name: return #name;
+    DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
+    default: return "";
+  }
 }
 
 // One completion of a pair.
@@ -185,9 +181,11 @@ struct Side {
 };
 
 struct Pair {
+  bool present;  // false: of weight 0, which counts as no pair
   Side chosen, rejected;
-  double beta;
-  double margin;
+#define DPO_FAST_NUMBER(name, otherwise) double name;
+  DPO_FAST_PAIR_NUMBERS(DPO_FAST_NUMBER)
+#undef DPO_FAST_NUMBER
 };
 
 struct PairLoss {
@@ -224,21 +222,20 @@ DPO_FAST_HD Curve smoothed_logistic(double x, double e) {
   return c;
 }
 
-// x = beta * (score of the chosen - score of the rejected), with three terms that are 0 unless asked for:
-// DPO-Positive's penalty on a chosen completion that falls below the reference (Pal et al. 2024, arXiv:2402.13228, eq.
-// 3), R-DPO's penalty on length (Park et al. 2024, arXiv:2403.19159, eq. 9) and ODPO's offset of a pair (Amini et al.
-// 2024, arXiv:2402.10571, eq. 5).
+// beta (score of the chosen - score of the rejected), with what may be added to it:
+//   beta lambda max(0, -ratio of the chosen), subtracted (DPO-Positive, Pal et al. 2024, arXiv:2402.13228);
+//   alpha (length of the chosen - length of the rejected) (R-DPO, Park et al. 2024, arXiv:2403.19159);
+//   the pair's own margin, subtracted (ODPO, Amini et al. 2024, arXiv:2402.10571).
 DPO_FAST_HD double score_margin(const Pair& p, const LossOptions& o) {
-  double scores = p.chosen.score - p.rejected.score;
-  if (o.dpop_lambda != 0 && p.chosen.ratio < 0) scores += o.dpop_lambda * p.chosen.ratio;
-  double x = p.beta * scores - p.margin;
-  if (o.length_penalty != 0) x += o.length_penalty * (p.chosen.length - p.rejected.length);
-  return x;
+  double score = p.chosen.score - p.rejected.score;
+  if (o.dpop_lambda != 0 && p.chosen.ratio < 0) score += o.dpop_lambda * p.chosen.ratio;
+  return p.beta * score + o.length_penalty * (p.chosen.length - p.rejected.length) - p.margin;
 }
 
 DPO_FAST_HD PairLoss of_score_margin(Curve c, const Pair& p, const LossOptions& o) {
-  const double penalty = p.chosen.ratio < 0 ? o.dpop_lambda : 0;
-  return PairLoss{c.value, p.beta * c.slope * (p.chosen.slope + penalty), -p.beta * c.slope * p.rejected.slope};
+  double slope = p.chosen.slope;
+  if (o.dpop_lambda != 0 && p.chosen.ratio < 0) slope += o.dpop_lambda;
+  return PairLoss{c.value, p.beta * c.slope * slope, -p.beta * c.slope * p.rejected.slope};
 }
 
 // DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); with label smoothing conservative DPO.
@@ -265,13 +262,13 @@ DPO_FAST_HD PairLoss of_average_score_margin(Curve c, const Pair& p) {
 }
 
 // IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17), on averages over tokens.
-DPO_FAST_HD PairLoss ipo_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss ipo_loss(const Pair& p, const LossOptions&) {
   const double d = average_score_margin(p) - 1 / (2 * p.beta);
   return of_average_score_margin(Curve{d * d, 2 * d}, p);
 }
 
 // The sigmoid loss on averages over tokens.
-DPO_FAST_HD PairLoss sigmoid_norm_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss sigmoid_norm_loss(const Pair& p, const LossOptions&) {
   const Curve c = smoothed_logistic(p.beta * average_score_margin(p), 0);
   return of_average_score_margin(Curve{c.value, p.beta * c.slope}, p);
 }
@@ -319,32 +316,32 @@ DPO_FAST_HD Curve sigmoid_curve(double x) {
 }
 
 // NCA (Chen et al. 2024, arXiv:2402.05369)
-DPO_FAST_HD PairLoss nca_pair_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss nca_pair_loss(const Pair& p, const LossOptions&) {
   const double c = p.beta * p.chosen.ratio, d = p.beta * p.rejected.ratio;
   return of_rewards(Curve{softplus(-c) + 0.5 * softplus(c), 0.5 * sigmoid(c) - sigmoid(-c)},
                     Curve{0.5 * softplus(d), 0.5 * sigmoid(d)}, p);
 }
 
 // BCO without its running mean (Jung et al. 2024, arXiv:2404.04656)
-DPO_FAST_HD PairLoss bco_pair_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss bco_pair_loss(const Pair& p, const LossOptions&) {
   const double c = p.beta * p.chosen.ratio, d = p.beta * p.rejected.ratio;
   return of_rewards(Curve{softplus(-c), -sigmoid(-c)}, Curve{softplus(d), sigmoid(d)}, p);
 }
 
 // SPPO with hard labels (Wu et al. 2024, arXiv:2405.00675, eq. 4.7)
-DPO_FAST_HD PairLoss sppo_hard_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss sppo_hard_loss(const Pair& p, const LossOptions&) {
   const double c = p.chosen.ratio - 0.5 / p.beta, d = p.rejected.ratio + 0.5 / p.beta;
   return PairLoss{c * c + d * d, 2 * c, 2 * d};
 }
 
 // APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7)
-DPO_FAST_HD PairLoss apo_zero_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss apo_zero_loss(const Pair& p, const LossOptions&) {
   const Curve c = sigmoid_curve(-p.beta * p.chosen.ratio);
   return of_rewards(Curve{c.value, -c.slope}, sigmoid_curve(p.beta * p.rejected.ratio), p);
 }
 
 // APO-down (the same, eq. 8)
-DPO_FAST_HD PairLoss apo_down_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss apo_down_loss(const Pair& p, const LossOptions&) {
   const Curve c = sigmoid_curve(p.beta * p.chosen.ratio);
   const Curve m = sigmoid_curve(-p.beta * (p.chosen.ratio - p.rejected.ratio));
   return of_rewards(Curve{c.value + m.value, c.slope - m.slope}, Curve{0, m.slope}, p);
@@ -383,7 +380,7 @@ DPO_FAST_HD Curve log_odds(double x) {
 }
 
 // ORPO (Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7): averages over tokens, beta is the paper's lambda.
-DPO_FAST_HD PairLoss orpo_loss(const Pair& p, const LossOptions& o) {
+DPO_FAST_HD PairLoss orpo_loss(const Pair& p, const LossOptions&) {
   const Curve c = log_odds(p.chosen.logp), d = log_odds(p.rejected.logp);
   const Curve curve = smoothed_logistic(c.value - d.value, 0);
   return PairLoss{p.beta * curve.value - p.chosen.logp, p.beta * vanishing(curve.slope, c.slope) - 1,

@@ -1,5 +1,6 @@
 // Per-row formulas that the CPU and CUDA kernels share: how a row of logits is transformed, how partial sums over
-// pieces of a row merge, and how merged sums become log-probability, entropy and the other per-token statistics.
+// pieces of a row merge, how merged sums become log-probability, entropy and the other per-token statistics, and what
+// the backward pass makes of them. A new statistic is one line in DPO_FAST_STATISTICS and one in row_statistic.
 //
 // The partial sums are those of the online softmax (Milakov & Gimelshein, 2018, arXiv:1805.02867): everything is
 // relative to a `shift` near the maximum, so that exp neither overflows nor loses the largest term.
@@ -67,94 +68,97 @@ DPO_FAST_HD void merge_parts(RowPart& part, RowPart next, double unit) {
   }
 }
 
-// log p of an entry whose value in the shift domain is `value`.
-DPO_FAST_HD double row_logp(const RowPart& part, double value, double unit) {
-  return (value - part.shift) * unit - log(part.sum);
-}
-
-// The optional statistics of a token, in the order in which every list of them is (STATISTICS in dpo_fast/_checks.py).
-#define DPO_FAST_STATISTICS(X)                    \
-  X(entropy)          /* -sum_v p_v log p_v */    \
-  X(mean_logits)      /* the mean of z */         \
-  X(is_top1)          /* uint8: one per target */ \
-  X(log_sum_sq_probs) /* log sum_v p_v^2 */       \
-  X(lse)              /* log sum_v exp z_v */
+// What a token may have beside its log-prob: the name, and whether it takes more of a RowPart than shift and sum.
+#define DPO_FAST_STATISTICS(X) \
+  X(entropy, true)             \
+  X(mean_logits, true)         \
+  X(is_top1, true)             \
+  X(log_sum_sq_probs, true)    \
+  X(lse, false)
 
 enum Statistic {
-#define DPO_FAST_STATISTIC(name) kStat_##name,
+#define DPO_FAST_STATISTIC(name, extras) kStatistic_##name,
   DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
 #undef DPO_FAST_STATISTIC
       kStatistics
 };
 
-DPO_FAST_HD const char* statistic_name(int i) {
-  switch (i) {
-#define DPO_FAST_STATISTIC(name) \
-  case kStat_##name: return #name;
+DPO_FAST_HD const char* statistic_name(int statistic) {
+  switch (statistic) {
+#define DPO_FAST_STATISTIC(name, extras) \
+  case kStatistic_##name: return #name;
     DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
 #undef DPO_FAST_STATISTIC
     default: return "";
   }
 }
 
-// What forward leaves for each row; null where not wanted. Float arrays, but for is_top1.
-struct TokenArrays {
-  void* logps;                    // [rows, n_targets]
-  void* stats;                    // [rows, 2]: shift and 1 / sum
-  void* statistics[kStatistics];  // [rows]; is_top1 [rows, n_targets]
-};
-
-// Whether sums beside that of the exponentials are wanted.
-DPO_FAST_HD bool wants_extras(const TokenArrays& out) {
-  for (int i = 0; i < kStatistics; ++i)
-    if (i != kStat_lse && out.statistics[i]) return true;
-  return false;
+DPO_FAST_HD bool statistic_takes_extras(int statistic) {
+  switch (statistic) {
+#define DPO_FAST_STATISTIC(name, extras) \
+  case kStatistic_##name: return extras;
+    DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
+#undef DPO_FAST_STATISTIC
+    default: return false;
+  }
 }
 
-// A statistic that is one number per row. vocab: the number of logits; unit: unit_scale.
-DPO_FAST_HD double row_statistic(int which, const RowPart& part, double vocab, double unit) {
-  switch (which) {
-    case kStat_entropy: return log(part.sum) - part.sum_ed / part.sum;
-    case kStat_mean_logits: return part.sum_z / vocab;
-    case kStat_log_sum_sq_probs: return log(part.sum_sq) - 2 * log(part.sum);
-    case kStat_lse: return part.shift * unit + log(part.sum);
+// log p of an entry whose value in the shift domain is `value`.
+DPO_FAST_HD double row_logp(const RowPart& part, double value, double unit) {
+  return (value - part.shift) * unit - log(part.sum);
+}
+
+// The value of a statistic that is one number per row; all but is_top1, which is a bool per target.
+DPO_FAST_HD double row_statistic(int statistic, const RowPart& part, double unit, int64_t vocab) {
+  switch (statistic) {
+    case kStatistic_entropy:  // H = -sum_v p_v log p_v
+      return log(part.sum) - part.sum_ed / part.sum;
+    case kStatistic_mean_logits: return part.sum_z / (double)vocab;
+    case kStatistic_log_sum_sq_probs:  // log sum_v p_v^2
+      return log(part.sum_sq) - 2 * log(part.sum);
+    case kStatistic_lse:  // log sum_v exp(z_v)
+      return part.shift * unit + log(part.sum);
     default: return NAN;
   }
 }
 
-// Whether the target is the largest logit. Without a largest one (all -inf, which a soft-cap makes finite) the first
-// counts.
+// Whether `target` is the first of the row's largest logits. Without a largest one (all -inf, which a soft-cap makes
+// finite) the first logit counts.
 DPO_FAST_HD bool row_is_top1(const RowPart& part, int64_t target) {
   return (part.argmax < 0 ? 0 : part.argmax) == target && part.sum > 0;
 }
 
-// The backward pass of a row:
+// The gradients that come in for one row.
+struct RowIncoming {
+  double logps;    // the sum over the row's targets
+  double entropy;  // of its statistics
+  double lse;
+  bool any;  // one of them all is not 0; otherwise the row's gradient is 0, whatever its logits
+};
+
+// A row's coefficients in the backward pass:
 //   dz_v = e_v * (coef + entropy_coef * (d_v - mean_d))  + the true-class terms.
 struct RowGrad {
   double shift;
-  double coef;          // (gradient of lse - sum of those of the row's log-probs) / sum
-  double entropy_coef;  // -(incoming gradient of the entropy) / sum
+  double coef;          // (gradient of the lse - sum of the gradients of the log-probs) / sum
+  double entropy_coef;  // -(gradient of the entropy) / sum
   double mean_d;        // sum_v p_v d_v
 };
 
-// Incoming gradients of a row's log-probs (their sum G), entropy and lse.
-struct RowGradsIn {
-  double logps, entropy, lse;
-};
-
-DPO_FAST_HD RowGrad row_grad(double shift, double inv_sum, double entropy, const RowGradsIn& g) {
+// `entropy` is read only where its gradient is not 0.
+DPO_FAST_HD RowGrad row_grad(double shift, double inv_sum, double entropy, const RowIncoming& in) {
   // entropy = log(sum) - mean_d
-  return RowGrad{shift, (g.lse - g.logps) * inv_sum, -g.entropy * inv_sum, -log(inv_sum) - entropy};
+  return RowGrad{shift, (in.lse - in.logps) * inv_sum, -in.entropy * inv_sum, -log(inv_sum) - entropy};
 }
 
-// dz at a target; g: the gradient of the log-probs of this very entry. 1 - p is formed by expm1: a confident token
-// keeps its small gradient.
-DPO_FAST_HD double target_grad(double logp, double g, double entropy, const RowGradsIn& row) {
+// dz at a target: g is the gradient of the log-probs of this very entry, part of in.logps. 1 - p is formed by expm1, so
+// that a confident token keeps its small gradient.
+DPO_FAST_HD double target_grad(double logp, double g, double entropy, const RowIncoming& in) {
   const double p = exp(logp);
   double dz = -g * expm1(logp);
-  if (row.logps != g) dz -= (row.logps - g) * p;
-  if (row.lse != 0) dz += row.lse * p;
-  if (row.entropy != 0 && p > 0) dz -= row.entropy * p * (logp + entropy);
+  if (in.logps != g) dz -= (in.logps - g) * p;
+  if (in.lse != 0) dz += in.lse * p;
+  if (in.entropy != 0 && p > 0) dz -= in.entropy * p * (logp + entropy);
   return dz;
 }
 

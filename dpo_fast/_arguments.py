@@ -1,17 +1,21 @@
-"""The kernels' arguments by name, for torch and NumPy alike: numbers, and addresses as int or None for "not given".
+"""The arguments of the kernels, by group, as the bindings `_cpu` and `_cuda` take them.
 
-The order of the fields is that in which the bindings read them (dpo_fast/_parse.pxi).
+An address is an int, or None for an array that is not given; where there are elements, 0 is refused. Strides and sizes
+are in elements. Arrays are contiguous, the logits and their gradient apart. Float arrays beside the logits are float32,
+or float64 where the logits are, unless a line says otherwise; integers are int64.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+Address = int | None
+
 
 class KernelRows(NamedTuple):
-    """Logits and what is asked of their rows; strides in elements."""
+    """The rows of logits [n_seqs, rows_per_seq, width]; packed ones are one sequence."""
 
-    logit_type: int
+    logit_type: int  # enum LogitType in csrc/sequence_math.h
     n_seqs: int
     rows_per_seq: int
     width: int  # columns in memory
@@ -23,70 +27,70 @@ class KernelRows(NamedTuple):
     temperature: float
     logit_scale: float
     softcap: float  # 0: none
-    valid_vocab: int  # columns from here on are padding; 0: none is
-    logits: int
-    targets: int  # int64
-    row_mask: int | None  # bool
-    token_weights: int | None
-    weights_double: bool  # float64, else float32
+    valid_vocab: int  # columns that count, the rest is minus infinity; 0: all
+    logits: Address
+    targets: Address  # [rows, n_targets]
+    row_mask: Address  # uint8 [rows]; None: every row counts
+    token_weights: Address  # [rows], float64 with weights_double, else float32; None: 1
+    weights_double: bool
 
 
 class KernelSequences(NamedTuple):
-    """Which rows make a sequence."""
+    """Which rows a sequence has."""
 
-    cu_seqlens: int | None
-    cu_int64: bool  # else int32
+    cu_seqlens: Address  # [n_seqs + 1], int64 with cu_int64, else int32; None: rows_per_seq rows each
+    cu_int64: bool
     n_seqs: int
-    average: bool
+    average: bool  # over the sum of the weights
 
 
 class KernelPairs(NamedTuple):
-    """Which sequences make a pair."""
+    """Which sequences a pair has."""
 
-    pairs: int | None  # int64 [P, 2]
+    pairs: Address  # [n_pairs, 2], -1: no such side; None: first half chosen, second half rejected
     n_pairs: int
-    divisor: float  # of the sum over pairs; 0: n_pairs
-    baseline: int | None  # float64 []
-    numbers: tuple[int | None, ...]  # float64 [P] each, in the order of DPO_FAST_PAIR_NUMBERS
-    order: int | None = None  # for CUDA: the places in `pairs` sorted by sequence, [2 P] int64,
-    offsets: int | None = None  # and where each sequence's begin, [n_seqs + 1] int64
+    divisor: float  # of the sum of the losses; 0: n_pairs
+    baseline: Address  # float64 []
+    numbers: tuple[Address, ...]  # float64 [n_pairs] each, in the order of `_cpu.pair_numbers()`
+    order: Address = None  # [2 n_pairs]: the entries 2 p + side of `pairs`, sorted by sequence; CUDA only
+    offsets: Address = None  # [n_seqs + 1]: where each sequence's entries begin in `order`
 
 
 class KernelLosses(NamedTuple):
-    """Where the losses go."""
+    """Results of the losses, [n_pairs] each but for `loss` []."""
 
-    loss: int
-    losses: int
-    chosen_rewards: int
-    rejected_rewards: int
-    pair_grads: int | None  # float64 [P, 2]
+    loss: Address
+    losses: Address
+    chosen_rewards: Address
+    rejected_rewards: Address
+    pair_grads: Address  # float64 [n_pairs, 2], derivatives by the two log-probs; on the CPU None: no backward
 
 
 class KernelSaved(NamedTuple):
-    """What forward left."""
+    """What forward leaves for backward."""
 
-    logps: int
-    stats: int
-    entropy: int | None
-    pair_grads: int | None
-    seq_saved: int | None = None  # of the CUDA kernels
+    logps: Address  # [rows, n_targets]
+    stats: Address  # [rows, 2]
+    entropy: Address  # [rows], read beside its gradient
+    pair_grads: Address  # float64 [n_pairs, 2], read beside pairs
+    seq_saved: Address = None  # float64 [n_seqs, _cuda.SEQ_SAVED], CUDA only
 
 
 class KernelGrads(NamedTuple):
-    """Incoming gradients."""
+    """Incoming gradients; None: none."""
 
-    token_logps: int | None = None
-    entropy: int | None = None
-    lse: int | None = None
-    seq_logps: int | None = None
-    loss: int | None = None
-    losses: int | None = None
+    token_logps: Address  # [rows, n_targets]
+    entropy: Address  # [rows]
+    lse: Address  # [rows]
+    seq_logps: Address  # [n_seqs]
+    loss: Address  # []
+    losses: Address  # [n_pairs]
 
 
 class KernelOut(NamedTuple):
-    """Where the gradient of the logits goes."""
+    """The gradient of the logits, which may be the logits' own memory."""
 
-    data: int
+    data: Address
     seq_stride: int
     row_stride: int
     vocab_stride: int

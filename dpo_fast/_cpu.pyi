@@ -1,8 +1,21 @@
-"""Types of the compiled kernels; addresses are integers, 0 for an absent array."""
+"""Types of the compiled kernels; addresses are integers, None for an absent array (dpo_fast/_arguments.py)."""
 
+from collections.abc import Sequence
 from typing import Any
 
-_Tuple = tuple[Any, ...]
+from dpo_fast._arguments import (
+    Address,
+    KernelGrads,
+    KernelLosses,
+    KernelOut,
+    KernelPairs,
+    KernelRows,
+    KernelSaved,
+    KernelSequences,
+)
+
+# dpo_fast._loss.options.LossOptions
+_LossOptions = tuple[Any, ...]
 
 def after_fork_in_child() -> None: ...
 def isas() -> list[tuple[str, bool]]: ...
@@ -11,83 +24,64 @@ def isa() -> str: ...
 def exp_float(x: int, y: int, n: int, half: bool) -> None: ...
 def exp_double(x: int, y: int, n: int) -> None: ...
 def expect_writes(address: int, n_bytes: int) -> None: ...
+def loss_types() -> list[tuple[str, int]]: ...
+def token_statistics() -> tuple[str, ...]: ...
+def loss_parameters() -> tuple[str, ...]: ...
+def pair_numbers() -> tuple[str, ...]: ...
 def token_forward(
-    rows: _Tuple,
-    threads: int,
-    logps: int,
-    stats: int,
-    entropy: int,
-    mean_logits: int,
-    is_top1: int,
-    log_sum_sq_probs: int,
+    rows: KernelRows, threads: int, logps: Address, stats: Address, statistics: Sequence[Address] | None
 ) -> None: ...
 def sequence_forward(
-    rows: _Tuple, seqs: _Tuple, threads: int, logps: int, stats: int, seq_logps: int, double_sums: bool
+    rows: KernelRows,
+    seqs: KernelSequences,
+    threads: int,
+    logps: Address,
+    stats: Address,
+    seq_logps: Address,
+    double_sums: bool,
 ) -> None: ...
-def loss_types() -> list[tuple[str, int]]: ...
 def dpo_forward(
-    rows: _Tuple,
-    seqs: _Tuple,
-    pairs_spec: _Tuple,
-    loss_spec: _Tuple,
+    rows: KernelRows,
+    seqs: KernelSequences,
+    pairs: KernelPairs,
+    loss: _LossOptions,
     threads: int,
     wpo: bool,
-    float_sums: bool,
-    ref_logps: int,
+    ref_logps: Address,
     ref_double: bool,
-    logps: int,
-    stats: int,
-    entropy: int,
-    mean_logits: int,
-    is_top1: int,
-    log_sum_sq_probs: int,
-    seq_logps: int,
-    loss: int,
-    losses: int,
-    chosen_rewards: int,
-    rejected_rewards: int,
-    pair_grads: int,
+    logps: Address,
+    stats: Address,
+    statistics: Sequence[Address] | None,
+    seq_logps: Address,
+    losses: KernelLosses,
 ) -> None: ...
 def backward(
-    rows: _Tuple,
-    seqs: _Tuple | None,
-    pairs_spec: _Tuple | None,
+    rows: KernelRows,
+    seqs: KernelSequences | None,
+    pairs: KernelPairs | None,
     threads: int,
-    logps: int,
-    stats: int,
-    entropy: int,
-    pair_grads: int,
-    grad_token_logps: int,
-    grad_entropy: int,
-    grad_seq_logps: int,
-    grad_loss: int,
-    grad_losses: int,
-    grad_logits: int,
-    grad_seq_stride: int,
-    grad_row_stride: int,
-    grad_vocab_stride: int,
+    saved: KernelSaved,
+    grads: KernelGrads,
+    out: KernelOut,
 ) -> None: ...
 def preference_forward(
-    pairs_spec: _Tuple,
-    loss_spec: _Tuple,
+    pairs: KernelPairs,
+    loss: _LossOptions,
     wide: bool,
+    round_sums: bool,
     n_seqs: int,
-    logps: int,
-    ref_logps: int,
+    logps: Address,
+    ref_logps: Address,
     ref_double: bool,
-    lengths: int,
-    loss: int,
-    losses: int,
-    chosen_rewards: int,
-    rejected_rewards: int,
-    pair_grads: int,
+    lengths: Address,
+    losses: KernelLosses,
 ) -> None: ...
 def preference_backward(
-    pairs_spec: _Tuple,
+    pairs: KernelPairs,
     wide: bool,
     n_seqs: int,
-    pair_grads: int,
-    grad_loss: int,
-    grad_losses: int,
-    grad_logps: int,
+    pair_grads: Address,
+    grad_loss: Address,
+    grad_losses: Address,
+    grad_logps: Address,
 ) -> None: ...

@@ -2,73 +2,70 @@
 # distutils: language = c++
 """The CPU kernels: a binding of csrc/cpu/batch.h.
 
-Each function is one fused operation: `token_forward` stops at token log-probs, `sequence_forward` at sequence
-log-probs, `dpo_forward` at the loss and its derivatives; `backward` goes from incoming gradients at any of these levels
-to the gradient of the logits.
+Each entry is one fused operation: `token_forward` stops at token log-probs, `sequence_forward` at sequence log-probs,
+`dpo_forward` at the loss and its derivatives; `backward` goes from incoming gradients at any of these levels to the
+gradient of the logits. `preference_forward` and `preference_backward` are the loss alone.
 
-Arrays come as addresses under the names of dpo_fast/_arguments.py, so torch tensors and NumPy arrays take one path and no
-torch symbol is needed. The callers have checked shapes and types; values (targets, pairs, cu_seqlens) are checked below,
-before anything is read or written through them. Float arrays beside the logits are float32, or float64 when the logits
-are; token weights and reference log-probs are either, as their flags say; numbers of pairs, baseline, lengths and
-pair_grads are float64; integers are int64 (cu_seqlens also int32); all of them contiguous.
+Arrays come as addresses with sizes, in the NamedTuples of dpo_fast/_arguments.py, so torch tensors and NumPy arrays
+take the same path and no torch symbol is needed. The callers have checked shapes and types; what depends on values
+(targets, pairs, cu_seqlens) is checked here, before anything is read or written through it. `threads` is the number of
+threads to use at most. The GIL is released while the kernels run.
 """
 
-from libcpp cimport bool as cbool
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
 
-include "_parse.pxi"
+from dpo_fast._declarations cimport *
 
 
-cdef extern from "cpu/batch.h" namespace "dpo_fast" nogil:
+cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
     cdef struct RowKernels:
         const char* isa
         void (*exp_float)(const float*, float*, int64_t, cbool)
         void (*exp_double)(const double*, double*, int64_t)
 
-    cdef cppclass Rows(RowBatch):
-        const RowKernels* kernels
-
-    cdef struct SavedArrays:
-        const void* logps
-        const void* stats
-        const void* entropy
-
-    cdef struct LossBatch:
-        Sequences seqs
-        Pairs pairs
-        LossOptions options
-        Reference reference
-        LossOutputs out
-
-    cdef enum FaultKind:
-        kNoFault, kNoMemory, kTarget, kFirstBound, kFallingBound, kLastBound, kPairIndex
-
-    cdef cppclass Fault:
-        FaultKind kind
-        int64_t place, second, value
-
     const RowKernels* compiled_kernels(int)
     bint processor_supports(const RowKernels*)
-    void finish_rows_setup(Rows&)
     void advise_huge_pages(char*, int64_t)
-    void set_forked()
-    Fault check_sequences(const Rows&, const Sequences&)
-    Fault check_pairs(const Pairs&, int64_t, cbool)
-    Fault forward_tokens(const Rows&, const TokenArrays&, int)
-    Fault forward_sequences(const Rows&, const Sequences&, const TokenArrays&, void*, cbool, int)
-    Fault forward_losses(const Rows&, const LossBatch&, const TokenArrays&, cbool, void*, int)
-    Fault losses_of_logps(const LossBatch&, const void*, const double*, cbool)
-    Fault backward_of "dpo_fast::backward" (
-        const Rows&, const Sequences*, const Pairs*, const SavedArrays&, const double*, const GradArrays&,
-        const GradTensor&, int)
-    Fault losses_backward(const Pairs&, const double*, const GradArrays&, int64_t, cbool, void*)
+
+
+cdef extern from "cpu/batch.h" namespace "dpo_fast" nogil:
+    const int kNoFault, kBadTarget, kBadPair, kSeqlensStart, kSeqlensDecrease, kSeqlensEnd
+
+    cdef struct BatchStatus:
+        int fault
+        int64_t index, k
+
+    cdef struct References:
+        const void* logps
+        bint is_double
+
+    void c_after_fork_in_child "dpo_fast::after_fork_in_child"()
+    BatchStatus c_token_forward "dpo_fast::token_forward"(
+        const RowKernels&, const Rows&, int, const TokenArrays&) except +
+    BatchStatus c_sequence_forward "dpo_fast::sequence_forward"(
+        const RowKernels&, const Rows&, const Sequences&, int, const TokenArrays&, void*, bint) except +
+    BatchStatus c_dpo_forward "dpo_fast::dpo_forward"(
+        const RowKernels&, const Rows&, const Sequences&, const Pairs&, const LossOptions&, int, bint,
+        const References&, const TokenArrays&, void*, const Losses&) except +
+    BatchStatus c_backward "dpo_fast::backward"(
+        const RowKernels&, const Rows&, const Sequences*, const Pairs*, int, const TokenArrays&, const double*,
+        const Grads&, const GradTensor&) except +
+    BatchStatus c_preference_forward "dpo_fast::preference_forward"(
+        const Pairs&, const LossOptions&, bint, bint, int64_t, const void*, const References&, const double*,
+        const Losses&) except +
+    BatchStatus c_preference_backward "dpo_fast::preference_backward"(
+        const Pairs&, bint, int64_t, const double*, const Grads&, void*) except +
+
+
+include "_parse.pxi"
 
 
 cdef const RowKernels* kernels = NULL
 
 
 def after_fork_in_child():
-    """OpenMP's threads do not live on in a forked child: work there in the calling thread."""
-    set_forked()
+    """Works in the calling thread from here on: OpenMP's threads do not live on in a forked child."""
+    c_after_fork_in_child()
 
 
 def isas():
@@ -124,9 +121,9 @@ def loss_types():
     return [(loss_name(i).decode(), loss_flags(i)) for i in range(kLossTypes)]
 
 
-cdef int raise_bad_target(const Rows* rows, Fault fault) except -1:
-    cdef int64_t seq = fault.place // rows.rows_per_seq
-    position = [fault.place % rows.rows_per_seq]
+cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
+    cdef int64_t seq = row // rows.rows_per_seq
+    place = [row % rows.rows_per_seq]
     if seq > 0 or rows.rows_per_seq < rows.n_rows:
         position.insert(0, seq)
     if rows.n_targets > 1:
@@ -136,168 +133,172 @@ cdef int raise_bad_target(const Rows* rows, Fault fault) except -1:
     )
 
 
-cdef int check(const Rows* rows, Fault fault) except -1:
-    """Raises where a value is wrong."""
-    if fault.kind == kNoFault:
+cdef int check(BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs) except -1:
+    """Raises what the kernels found.
+
+    Raises:
+        IndexError: a target outside the vocabulary, a pair outside the sequences.
+        ValueError: cu_seqlens that do not rise from 0 to the number of rows.
+    """
+    cdef int64_t i = status.index
+    if status.fault == kNoFault:
         return 0
-    if fault.kind == kTarget:
-        raise_bad_target(rows, fault)
-    if fault.kind == kFirstBound:
-        raise ValueError(f"cu_seqlens[0] must be 0, found {fault.value}")
-    if fault.kind == kFallingBound:
+    if status.fault == kBadTarget:
+        raise_bad_target(rows, i, status.k)
+    if status.fault == kBadPair:
+        raise IndexError(f"pairs[{i // 2}, {i % 2}] = {pairs.pairs[i]} is outside [0, {n_seqs})")
+    if status.fault == kSeqlensStart:
+        raise ValueError(f"cu_seqlens[0] must be 0, found {seq_bound(seqs[0], 0)}")
+    if status.fault == kSeqlensDecrease:
         raise ValueError(
-            f"cu_seqlens must not decrease: cu_seqlens[{fault.place}] = {fault.value} follows {fault.second}"
+            f"cu_seqlens must not decrease: cu_seqlens[{i + 1}] = {seq_bound(seqs[0], i + 1)} follows "
+            f"{seq_bound(seqs[0], i)}"
         )
-    if fault.kind == kLastBound:
-        raise ValueError(
-            f"cu_seqlens[{fault.place}] must be the number of rows, {fault.second}, found {fault.value}"
-        )
-    if fault.kind == kPairIndex:
-        raise IndexError(
-            f"pairs[{fault.place // 2}, {fault.place % 2}] = {fault.value} is outside [0, {fault.second})"
-        )
-    raise MemoryError("no memory for scratch space")
+    raise ValueError(f"cu_seqlens[{i}] must be the number of rows, {rows.n_rows}, found {seq_bound(seqs[0], i)}")
 
 
-cdef int make_rows(object spec, Rows* rows) except -1:
-    parse_rows(spec, rows)
-    rows.kernels = kernels
-    finish_rows_setup(rows[0])
-    return 0
+cdef References parse_references(object ref_logps, bint ref_double, int64_t n_seqs) except *:
+    return References(<const void*>optional(ref_logps, n_seqs, "ref_logps"), ref_double)
 
 
-cdef int make_sequences(object spec, const Rows* rows, Sequences* seqs) except -1:
-    parse_sequences(spec, rows, seqs)
-    return check(rows, check_sequences(rows[0], seqs[0]))
+def token_forward(object rows, int threads, object logps, object stats, object statistics):
+    """Fills logps [rows, n_targets], stats [rows, 2], which backward reads (None: no backward), and those of
+    `statistics` (an address or None for each of `token_statistics()`, or None) that are wanted, [rows] each, is_top1
+    [rows, n_targets].
 
-
-cdef int make_pairs(object spec, int64_t n_seqs, bint may_be_absent, Pairs* pairs) except -1:
-    parse_pairs(spec, n_seqs, pairs)
-    return check(NULL, check_pairs(pairs[0], n_seqs, may_be_absent))
-
-
-def token_forward(rows, int threads, logps, stats, statistics):
-    """Fills logps [rows, n_targets] and those of the others that are given: stats [rows, 2], which backward needs, and
-    one number per row of each statistic (is_top1: per target)."""
-    cdef Rows r
-    cdef TokenArrays out
-    cdef Fault fault
-    make_rows(rows, &r)
-    parse_tokens(&r, logps, stats, statistics, &out)
+    Raises:
+        IndexError: a target outside the vocabulary.
+        ValueError: an address of 0, or None, where there has to be an array.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef TokenArrays tokens = parse_tokens(&r, logps, stats, statistics)
+    cdef BatchStatus status
     with nogil:
-        fault = forward_tokens(r, out, threads)
-    check(&r, fault)
+        status = c_token_forward(kernels[0], r, threads, tokens)
+    check(status, &r, NULL, NULL, 0)
 
 
-def sequence_forward(rows, seqs, int threads, logps, stats, seq_logps, bint double_sums):
-    """Fills logps [rows], stats [rows, 2] (if given) and seq_logps [n_seqs] (float64 with double_sums)."""
-    cdef Rows r
-    cdef Sequences q
-    cdef TokenArrays out
-    cdef Fault fault
-    make_rows(rows, &r)
-    make_sequences(seqs, &r, &q)
-    parse_tokens(&r, logps, stats, (), &out)
-    cdef void* sums = needed(seq_logps, q.n_seqs, "seq_logps")
+def sequence_forward(object rows, object seqs, int threads, object logps, object stats, object seq_logps, bint double_sums):
+    """Fills logps [rows], stats [rows, 2] (if not None) and seq_logps [n_seqs] (float64 with double_sums).
+
+    Raises:
+        IndexError, ValueError: as token_forward, and for cu_seqlens.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef Sequences q = parse_sequences(seqs, &r)
+    cdef TokenArrays tokens = parse_tokens(&r, logps, stats, None)
+    cdef void* sums = <void*>required(seq_logps, q.n_seqs, "seq_logps")
+    cdef BatchStatus status
     with nogil:
-        fault = forward_sequences(r, q, out, sums, double_sums, threads)
-    check(&r, fault)
+        status = c_sequence_forward(kernels[0], r, q, threads, tokens, sums, double_sums)
+    check(status, &r, &q, NULL, q.n_seqs)
 
 
 def dpo_forward(
-    rows, seqs, pairs, loss, int threads, bint wpo, ref_logps, bint ref_double, logps, stats, statistics, seq_logps,
-    losses,
+    object rows, object seqs, object pairs, object loss, int threads, bint wpo, object ref_logps, bint ref_double,
+    object logps, object stats, object statistics, object seq_logps, object losses,
 ):
-    """Fills logps [rows], the statistics [rows] that are given (with wpo, log_sum_sq_probs has to be), seq_logps
-    [n_seqs], loss [], losses and rewards [P]; for backward, if given, stats [rows, 2] and pair_grads [P, 2]: the
-    derivatives of each pair's loss by its two log-probs. ref_logps [n_seqs] are float32, or float64 with ref_double."""
-    cdef Rows r
-    cdef LossBatch batch
-    cdef TokenArrays out
-    cdef Fault fault
-    make_rows(rows, &r)
-    make_sequences(seqs, &r, &batch.seqs)
-    parse_loss(loss, &batch.options)
-    make_pairs(pairs, batch.seqs.n_seqs, is_unpaired(batch.options), &batch.pairs)
-    parse_tokens(&r, logps, stats, statistics, &out)
-    parse_losses(losses, batch.pairs.n_pairs, &batch.out)
-    batch.reference.logps = optional(ref_logps, batch.seqs.n_seqs, "ref_logps")
-    batch.reference.is_double = ref_double
-    batch.reference.round_sums = r.logit_type != 1
-    cdef void* sums = needed(seq_logps, batch.seqs.n_seqs, "seq_logps")
-    if wpo:
-        needed(statistics[_STATISTICS.index("log_sum_sq_probs")], r.n_rows, "log_sum_sq_probs")
+    """Fills logps [rows], stats [rows, 2] (if not None) and statistics [rows] as token_forward, seq_logps [n_seqs] and
+    the arrays of `losses`. ref_logps [n_seqs] are float32, or float64 with ref_double, or None. With wpo,
+    log_sum_sq_probs has to be among the statistics.
+
+    Raises:
+        IndexError, ValueError: as sequence_forward, and for pairs.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef Sequences q = parse_sequences(seqs, &r)
+    cdef Pairs p = parse_pairs(pairs, q.n_seqs)
+    cdef LossOptions options = parse_loss(loss)
+    cdef References ref = parse_references(ref_logps, ref_double, q.n_seqs)
+    cdef TokenArrays tokens = parse_tokens(&r, logps, stats, statistics)
+    cdef void* sums = <void*>required(seq_logps, q.n_seqs, "seq_logps")
+    cdef Losses out = parse_losses(losses, p.n_pairs)
+    cdef BatchStatus status
+    if wpo and r.n_rows > 0 and tokens.statistics[kStatistic_log_sum_sq_probs] == NULL:
+        raise ValueError("log_sum_sq_probs must be given with wpo, found None")
     with nogil:
-        fault = forward_losses(r, batch, out, wpo, sums, threads)
-    check(&r, fault)
+        status = c_dpo_forward(kernels[0], r, q, p, options, threads, wpo, ref, tokens, sums, out)
+    check(status, &r, &q, &p, q.n_seqs)
 
 
-def backward(rows, seqs, pairs, int threads, saved, grads, out):
-    """Fills `out` (which may be the logits) from what forward left and the incoming gradients: of token log-probs,
-    entropy and lse, of sequence log-probs (with `seqs`), and of the loss (with `pairs`)."""
-    cdef Rows r
+def backward(object rows, object seqs, object pairs, int threads, object saved, object grads, object out):
+    """Fills the gradient of the logits (which may be the logits) from what forward left and the incoming gradients of
+    tokens, of the sequence log-probs (with `seqs`), and of the losses (with `seqs` and `pairs`, else None).
+
+    Raises:
+        IndexError, ValueError: as dpo_forward.
+    """
+    cdef Rows r = parse_rows(rows)
     cdef Sequences q
     cdef Pairs p
-    cdef SavedArrays s
-    cdef GradArrays g
-    cdef GradTensor target
-    cdef Fault fault
-    cdef int64_t n_seqs = 0, n_pairs = 0
-    cdef bint with_seqs = seqs is not None, with_pairs = pairs is not None
-    make_rows(rows, &r)
+    cdef const double* pair_derivatives = NULL
+    cdef int64_t n_seqs = -1, n_pairs = -1
+    cdef bint with_seqs = seqs is not None, with_pairs = seqs is not None and pairs is not None
+    logps, stats, entropy, pair_grads, _ = fields(saved, "saved")
+    cdef TokenArrays tokens = parse_tokens(&r, logps, required(stats, r.n_rows, "stats"), None)
+    cdef GradTensor grad_logits = parse_out(out, &r)
+    cdef BatchStatus status
     if with_seqs:
-        make_sequences(seqs, &r, &q)
+        q = parse_sequences(seqs, &r)
         n_seqs = q.n_seqs
     if with_pairs:
-        make_pairs(pairs, n_seqs, True, &p)
+        p = parse_pairs(pairs, n_seqs)
         n_pairs = p.n_pairs
-    logps, stats, entropy, pair_grads, _ = saved
-    parse_grads(grads, &r, n_seqs, n_pairs, &g)
-    parse_out(out, &r, &target)
-    s.logps = needed(logps, r.n_rows * r.n_targets, "logps")
-    s.stats = needed(stats, r.n_rows, "stats")
-    s.entropy = needed(entropy, r.n_rows, "entropy") if g.entropy != NULL else NULL
-    if g.seq_logps != NULL and not with_seqs or (g.loss != NULL or g.losses != NULL) and not with_pairs:
-        raise ValueError("gradients of sequences need seqs, those of losses seqs and pairs")
-    cdef const double* derivatives = NULL
-    if with_pairs:
-        derivatives = <const double*>needed(pair_grads, n_pairs, "pair_grads")
+        pair_derivatives = <const double*>required(pair_grads, n_pairs, "pair_grads")
+    cdef Grads incoming = parse_grads(grads, &r, n_seqs, n_pairs)
+    if incoming.entropy != NULL:
+        tokens.statistics[kStatistic_entropy] = <void*>required(entropy, r.n_rows, "entropy")
     with nogil:
-        fault = backward_of(
-            r, &q if with_seqs else NULL, &p if with_pairs else NULL, s, derivatives, g, target, threads)
-    check(&r, fault)
+        status = c_backward(
+            kernels[0], r, &q if with_seqs else NULL, &p if with_pairs else NULL, threads, tokens, pair_derivatives,
+            incoming, grad_logits)
+    check(status, &r, &q, &p, n_seqs)
 
 
 def preference_forward(
-    pairs, loss, bint wide, bint round_sums, int64_t n_seqs, logps, ref_logps, bint ref_double, lengths, losses
+    object pairs, object loss, bint wide, bint round_sums, int64_t n_seqs, object logps, object ref_logps,
+    bint ref_double, object lengths, object losses,
 ):
-    """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`, and the lengths [n_seqs] where
-    the loss reads them. round_sums: logits below float64 are behind the log-probs."""
-    cdef LossBatch batch
-    parse_loss(loss, &batch.options)
-    make_pairs(pairs, n_seqs, is_unpaired(batch.options), &batch.pairs)
-    parse_losses(losses, batch.pairs.n_pairs, &batch.out)
-    batch.seqs.n_seqs = n_seqs
-    batch.reference.logps = optional(ref_logps, n_seqs, "ref_logps")
-    batch.reference.is_double = ref_double
-    batch.reference.round_sums = round_sums
-    if reads_lengths(batch.options):
-        needed(lengths, n_seqs, "lengths")
-    cdef void* values = needed(logps, n_seqs, "logps")
-    check(NULL, losses_of_logps(batch, values, <const double*>optional(lengths, n_seqs, "lengths"), wide))
+    """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`, and the lengths [n_seqs]
+    (float64) where the loss reads them. round_sums: the logps are sums for logits of a type below float64, and are
+    rounded to float32 where ref_logps are float32.
+
+    Raises:
+        IndexError, ValueError: as dpo_forward.
+    """
+    cdef Pairs p = parse_pairs(pairs, n_seqs)
+    cdef LossOptions options = parse_loss(loss)
+    cdef const void* values = <const void*>required(logps, n_seqs, "logps")
+    cdef References ref = parse_references(ref_logps, ref_double, n_seqs)
+    cdef const double* tokens = <const double*>optional(lengths, n_seqs, "lengths")
+    cdef Losses out = parse_losses(losses, p.n_pairs)
+    cdef BatchStatus status
+    if reads_lengths(options):
+        required(lengths, n_seqs, "lengths")
+    with nogil:
+        status = c_preference_forward(p, options, wide, round_sums, n_seqs, values, ref, tokens, out)
+    check(status, NULL, NULL, &p, n_seqs)
 
 
-def preference_backward(pairs, bint wide, int64_t n_seqs, pair_grads, grad_loss, grad_losses, grad_logps):
-    """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses, which may be None."""
-    cdef Pairs p
-    cdef GradArrays g
-    make_pairs(pairs, n_seqs, True, &p)
-    g.token_logps = g.entropy = g.lse = g.seq_logps = NULL
-    g.loss = optional(grad_loss, 1, "grad_loss")
-    g.losses = optional(grad_losses, p.n_pairs, "grad_losses")
-    cdef const double* derivatives = <const double*>needed(pair_grads, p.n_pairs, "pair_grads")
-    cdef void* out = needed(grad_logps, n_seqs, "grad_logps")
-    check(NULL, losses_backward(p, derivatives, g, n_seqs, wide, out))
+def preference_backward(
+    object pairs, bint wide, int64_t n_seqs, object pair_grads, object grad_loss, object grad_losses, object grad_logps
+):
+    """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses (None: none).
+
+    Raises:
+        IndexError, ValueError: as dpo_forward.
+    """
+    cdef Pairs p = parse_pairs(pairs, n_seqs)
+    cdef const double* derivatives = <const double*>required(pair_grads, p.n_pairs, "pair_grads")
+    cdef Grads grads
+    cdef void* out = <void*>required(grad_logps, n_seqs, "grad_logps")
+    cdef BatchStatus status
+    grads.token_logps = grads.entropy = grads.lse = grads.seq_logps = NULL
+    grads.loss = <const void*>optional(grad_loss, 1, "grad_loss")
+    grads.losses = <const void*>optional(grad_losses, p.n_pairs, "grad_losses")
+    with nogil:
+        status = c_preference_backward(p, wide, n_seqs, derivatives, grads, out)
+    check(status, NULL, NULL, &p, n_seqs)
 
 
 set_isa(None)

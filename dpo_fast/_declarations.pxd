@@ -1,10 +1,14 @@
 # cython: language_level=3
-# The C++ declarations that the CPU and the CUDA binding share.
+"""The structs and tables of csrc that the bindings _cpu.pyx and _cuda.pyx share."""
+
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
 
 cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
-    const int kStatistics, kLossParameters, kPairNumbers, kMaxLossTerms, kLossTypes, kDivergences
+    const int kLogitTypes, kStatistics, kLossParameters, kPairNumbers, kMaxLossTerms, kLossTypes
+    const int kDivergences
+    const int kStatistic_entropy, kStatistic_log_sum_sq_probs
+
     const char* statistic_name(int)
     const char* loss_parameter_name(int)
     const char* pair_number_name(int)
@@ -14,15 +18,20 @@ cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
     cdef struct LogitTransform:
         double logit_scale, temperature, softcap
 
-    cdef cppclass RowBatch:
-        void* logits
+    cdef struct Rows:
+        const void* logits
         const int64_t* targets
         const uint8_t* row_mask
         const void* weights
         LogitTransform transform
         int64_t seq_stride, row_stride, vocab_stride
-        int64_t rows_per_seq, n_rows, n_targets, vocab, width, ignore_index
+        int64_t rows_per_seq, n_rows, n_targets, width, vocab, ignore_index
         int32_t logit_type, weights_double
+
+    cdef struct TokenArrays:
+        void* logps
+        void* stats
+        void** statistics  # an array of kStatistics
 
     cdef struct Sequences:
         const void* cu_seqlens
@@ -32,48 +41,39 @@ cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
     cdef struct Pairs:
         const int64_t* pairs
         int64_t n_pairs
-        const double** numbers
+        const double** numbers  # an array of kPairNumbers
         const double* baseline
         double divisor
         const int64_t* order
         const int64_t* offsets
 
-    cdef struct LossOptions:
-        int n_terms
-        int* types
-        double* weights
-        int divergence
-        bint average
-        double baseline
-
-    void set_loss_parameter(LossOptions&, int, double)
-    bint reads_lengths(const LossOptions&)
-    bint is_unpaired(const LossOptions&)
-
-    cdef struct LossOutputs:
+    cdef struct Losses:
         void* loss
         void* losses
         void* chosen_rewards
         void* rejected_rewards
         double* pair_grads
 
-    cdef struct TokenArrays:
-        void* logps
-        void* stats
-        void** statistics
-
-    cdef struct Reference:
-        const void* logps
-        bint is_double, round_sums
-
-    cdef struct GradTensor:
-        char* data
-        int64_t seq_stride, row_stride, vocab_stride
-
-    cdef struct GradArrays:
+    cdef struct Grads:
         const void* token_logps
         const void* entropy
         const void* lse
         const void* seq_logps
         const void* loss
         const void* losses
+
+    cdef struct GradTensor:
+        char* data
+        int64_t seq_stride, row_stride, vocab_stride
+
+    cdef struct LossOptions:
+        int n_terms
+        int* types  # arrays of kMaxLossTerms
+        double* weights
+        int divergence
+        double baseline
+        bint average
+
+    void set_loss_parameter(LossOptions&, int, double)
+    bint reads_lengths(const LossOptions&)
+    int64_t seq_bound(const Sequences&, int64_t)

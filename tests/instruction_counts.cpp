@@ -59,7 +59,7 @@ extern "C" __attribute__((noinline)) double measured(const Call* call) {
   const LogitTransform transform{1, 1, 0};
   const TypeKernels& kernels = call->kernels->types[call->type];
   if (!call->backward) return kernels.forward[kPlain][call->extras](call->x, 1, kVocab, transform).sum;
-  const RowGrad grad = row_grad(9.0, 1e-4, 8.0, 0.05, call->extras ? 0.01 : 0.0);
+  const RowGrad grad = row_grad(9.0, 1e-4, 8.0, {0.05, call->extras ? 0.01 : 0.0, 0.0, true});
   kernels.backward[kPlain][call->extras](call->x, 1, call->dx, 1, kVocab, transform, grad);
   return 0;
 }

@@ -137,7 +137,7 @@ def test_wheel_holds_the_package_and_nothing_else():
 def test_sdist_has_every_source_and_no_built_file():
     with tarfile.open(dist_file("*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for path in [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("dpo_fast/**/*.py*")]:
+    for path in [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("dpo_fast/**/*.p[xy]*")]:
         if path.suffix != ".pyc":
             assert str(path.relative_to(ROOT)) in names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]

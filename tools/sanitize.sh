@@ -13,5 +13,5 @@ flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-fr
 preload=$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)
 # torch and Python never free some of their own memory: leaks are not what is looked for
 cd "$work" && LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. "$python" -m pytest -q -p no:cacheprovider \
-  tests/test_kernels.py tests/test_numpy.py tests/test_inplace.py tests/test_bad_input.py \
+  tests/test_bindings.py tests/test_kernels.py tests/test_numpy.py tests/test_inplace.py tests/test_bad_input.py \
   -k "not mapping and not 2_31 and not peak_memory" "$@"

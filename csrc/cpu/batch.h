@@ -1,50 +1,62 @@
-// Whole batches on the CPU: the loops over rows, sequences and pairs, in parallel where that pays. Each function is one
-// fused operation; `backward` goes from gradients at any level to that of the logits. Functions whose input has values
-// to check return a Fault, before anything is read or written through them.
+// A whole batch on the CPU: loops over rows, sequences and pairs, in parallel where they are long. Each function is one
+// fused operation. What depends on values (targets, cu_seqlens, pairs) is checked before anything is read or written
+// through it. They throw std::bad_alloc, and nothing else.
 #pragma once
+
+#include <stdint.h>
 
 #include "rows.h"
 
 namespace dpo_fast {
 
-enum FaultKind { kNoFault, kNoMemory, kTarget, kFirstBound, kFallingBound, kLastBound, kPairIndex };
-
-// What is wrong with a value: where it is, and the value.
-struct Fault {
-  FaultKind kind = kNoFault;
-  int64_t place = 0, second = 0, value = 0;
+enum Fault {
+  kNoFault,
+  kBadTarget,        // row `index`, its target number `k`
+  kBadPair,          // entry `index` of pairs
+  kSeqlensStart,     // cu_seqlens[0] is not 0
+  kSeqlensDecrease,  // cu_seqlens[index + 1] < cu_seqlens[index]
+  kSeqlensEnd,       // the last of cu_seqlens is not the number of rows
 };
 
-struct LossBatch {
-  Sequences seqs;
-  Pairs pairs;
-  LossOptions options;
-  Reference reference;
-  LossOutputs out;
+// The first value that was found wrong; nothing has been written then.
+struct BatchStatus {
+  int fault;  // Fault
+  int64_t index, k;
 };
 
-// A forked child has none of its parent's threads: it works in the calling one.
-void set_forked();
+// The end of a call at the level of the loss: what it reads beside the pairs.
+struct References {
+  const void* logps;  // [n_seqs], null: none
+  bool is_double;     // else float32
+};
 
-Fault check_sequences(const Rows& rows, const Sequences& seqs);
-Fault check_pairs(const Pairs& pairs, int64_t n_seqs, bool may_be_absent);
+// OpenMP's threads do not live on in a forked child: from here on, work in the calling thread.
+void after_fork_in_child();
 
-// Fills the arrays of `out` that are not null; logps always is there.
-Fault forward_tokens(const Rows& rows, const TokenArrays& out, int threads);
-// The same and seq_logps [n_seqs].
-Fault forward_sequences(const Rows& rows, const Sequences& seqs, const TokenArrays& out, void* seq_logps,
-                        bool seq_logps_double, int threads);
-// The same and the losses. wpo: each pair weighs as in WPO; tokens.statistics[kStat_log_sum_sq_probs] is there then.
-Fault forward_losses(const Rows& rows, const LossBatch& batch, const TokenArrays& tokens, bool wpo, void* seq_logps,
-                     int threads);
-// The losses from logps [n_seqs] alone; lengths [n_seqs] where the loss reads them.
-Fault losses_of_logps(const LossBatch& batch, const void* logps, const double* lengths, bool wide);
+// Fills the arrays of `out` that are not null; logps has to be there, stats is what backward reads.
+BatchStatus token_forward(const RowKernels& isa, const Rows& rows, int threads, const TokenArrays& out);
 
-// The gradient of the logits; out may be the logits. seqs null: gradients of tokens only. pairs null: none of losses.
-Fault backward(const Rows& rows, const Sequences* seqs, const Pairs* pairs, const SavedArrays& saved,
-               const double* pair_grads, const GradArrays& grads, const GradTensor& out, int threads);
+// The same and seq_logps [n_seqs] (float64 with double_sums).
+BatchStatus sequence_forward(const RowKernels& isa, const Rows& rows, const Sequences& seqs, int threads,
+                             const TokenArrays& tokens, void* seq_logps, bool double_sums);
+
+// The same, the losses, and the derivatives by each pair's log-probs if losses.pair_grads is not null. With wpo, tokens
+// has log_sum_sq_probs.
+BatchStatus dpo_forward(const RowKernels& isa, const Rows& rows, const Sequences& seqs, const Pairs& pairs,
+                        LossOptions options, int threads, bool wpo, const References& ref, const TokenArrays& tokens,
+                        void* seq_logps, const Losses& losses);
+
+// The gradient of the logits from what forward left and the incoming gradients; seqs and pairs may be null.
+BatchStatus backward(const RowKernels& isa, const Rows& rows, const Sequences* seqs, const Pairs* pairs, int threads,
+                     const TokenArrays& saved, const double* pair_grads, const Grads& grads, const GradTensor& out);
+
+// As the end of dpo_forward, from log-probs [n_seqs] (float64 if `wide`) and lengths [n_seqs], null where no term reads
+// them. round_sums: see SequenceNumbers.
+BatchStatus preference_forward(const Pairs& pairs, LossOptions options, bool wide, bool round_sums, int64_t n_seqs,
+                               const void* logps, const References& ref, const double* lengths, const Losses& losses);
+
 // grad_logps [n_seqs] from the gradients of loss and losses.
-Fault losses_backward(const Pairs& pairs, const double* pair_grads, const GradArrays& grads, int64_t n_seqs, bool wide,
-                      void* grad_logps);
+BatchStatus preference_backward(const Pairs& pairs, bool wide, int64_t n_seqs, const double* pair_grads,
+                                const Grads& grads, void* grad_logps);
 
 }  // namespace dpo_fast

@@ -55,12 +55,16 @@ bool processor_supports(const RowKernels* kernels) {
   return kernels == &portable::kKernels;
 }
 
-void finish_rows_setup(Rows& rows) {
-  const LogitTransform& t = rows.transform;
-  rows.wide = rows.logit_type == kFloat64;
-  rows.logit_bytes = rows.wide ? 8 : rows.logit_type == kFloat32 ? 4 : 2;
-  rows.transform_kind = t.softcap > 0 ? kCapped : t.logit_scale / t.temperature != 1 ? kScaled : kPlain;
-}
+CpuRows::CpuRows(const Rows& rows, const RowKernels& isa)
+    : Rows(rows),
+      kernels(&isa.types[logit_type]),
+      transform_kind(transform.softcap > 0                                ? kCapped
+                     : transform.logit_scale / transform.temperature != 1 ? kScaled
+                                                                          : kPlain),
+      logit_bytes(logit_type == kFloat64   ? 8
+                  : logit_type == kFloat32 ? 4
+                                           : 2),
+      wide(logit_type == kFloat64) {}
 
 namespace {
 
@@ -95,34 +99,31 @@ void store_logit(void* p, int logit_type, double x) {
   }
 }
 
-const char* row_logits(const Rows& rows, int64_t row) {
-  const int64_t seq = row / rows.rows_per_seq, t = row % rows.rows_per_seq;
-  return (const char*)rows.logits + (seq * rows.seq_stride + t * rows.row_stride) * rows.logit_bytes;
+const char* row_logits(const CpuRows& rows, int64_t row) {
+  return (const char*)rows.logits +
+         row_offset(row, rows.rows_per_seq, rows.seq_stride, rows.row_stride) * rows.logit_bytes;
 }
 
-char* row_grad_logits(const Rows& rows, int64_t row, const GradTensor& out) {
-  const int64_t seq = row / rows.rows_per_seq, t = row % rows.rows_per_seq;
-  return out.data + (seq * out.seq_stride + t * out.row_stride) * rows.logit_bytes;
+char* row_grad_logits(const CpuRows& rows, int64_t row, const GradTensor& out) {
+  return out.data + row_offset(row, rows.rows_per_seq, out.seq_stride, out.row_stride) * rows.logit_bytes;
 }
 
 // The logit of token v in the shift domain.
-double logit_value(const Rows& rows, const char* x, int64_t v) {
-  return rows.kernels->types[rows.logit_type].value[rows.transform_kind](x + v * rows.vocab_stride * rows.logit_bytes,
-                                                                         rows.transform);
+double logit_value(const CpuRows& rows, const char* x, int64_t v) {
+  return rows.kernels->value[rows.transform_kind](x + v * rows.vocab_stride * rows.logit_bytes, rows.transform);
 }
 
 // The logit of token v itself.
-double raw_logit(const Rows& rows, const char* x, int64_t v) {
-  return rows.kernels->types[rows.logit_type].value[kPlain](x + v * rows.vocab_stride * rows.logit_bytes,
-                                                            rows.transform);
+double raw_logit(const CpuRows& rows, const char* x, int64_t v) {
+  return rows.kernels->value[kPlain](x + v * rows.vocab_stride * rows.logit_bytes, rows.transform);
 }
 
 }  // namespace
 
-void forward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArrays& out, RowPart* part) {
+void forward_piece(const CpuRows& rows, int64_t row, int64_t piece, const TokenArrays& out, RowPart* part) {
   const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
   const char* x = row_logits(rows, row);
-  *part = rows.kernels->types[rows.logit_type].forward[rows.transform_kind][wants_extras(out)](
+  *part = rows.kernels->forward[rows.transform_kind][wants_extras(out)](
       x + start * rows.vocab_stride * rows.logit_bytes, rows.vocab_stride, size, rows.transform);
   if (part->argmax >= 0) part->argmax += start;
   // while the piece is in a cache; logps' type holds the value exactly
@@ -131,8 +132,9 @@ void forward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArra
       store_number(out.logps, i, logit_value(rows, x, rows.targets[i]), rows.wide);
 }
 
-void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const TokenArrays& out) {
+void finish_row(const CpuRows& rows, int64_t row, const RowPart* parts, const TokenArrays& out) {
   const double unit = unit_scale(rows.transform);
+  uint8_t* is_top1 = (uint8_t*)out.statistics[kStatistic_is_top1];
   RowPart total = empty_part();
   for (int64_t i = 0; i < pieces_per_row(rows); ++i) merge_parts(total, parts[i], unit);
   uint8_t* const is_top1 = (uint8_t*)out.statistics[kStat_is_top1];
@@ -145,12 +147,12 @@ void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const Token
     store_number(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
   }
   for (int i = 0; i < kStatistics; ++i)
-    if (i != kStat_is_top1 && out.statistics[i])
-      store_number(out.statistics[i], row, row_statistic(i, total, rows.vocab, unit), rows.wide);
+    if (out.statistics[i] && i != kStatistic_is_top1)
+      store_number(out.statistics[i], row, row_statistic(i, total, unit, rows.vocab), rows.wide);
 }
 
-void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out) {
-  uint8_t* const is_top1 = (uint8_t*)out.statistics[kStat_is_top1];
+void finish_ignored_row(const CpuRows& rows, int64_t row, const TokenArrays& out) {
+  uint8_t* is_top1 = (uint8_t*)out.statistics[kStatistic_is_top1];
   for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i) {
     store_number(out.logps, i, 0, rows.wide);
     if (is_top1) is_top1[i] = 0;
@@ -160,84 +162,7 @@ void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out) {
     store_number(out.stats, 2 * row + 1, 0, rows.wide);
   }
   for (int i = 0; i < kStatistics; ++i)
-    if (i != kStat_is_top1 && out.statistics[i]) store_number(out.statistics[i], row, 0, rows.wide);
-}
-
-namespace {
-
-// The gradient of a row's k-th log-prob.
-double target_grad_logp(const Rows& rows, int64_t row, int64_t k, const TokenGrads& grads) {
-  return (grads.row ? grads.row[row] : 0) +
-         (grads.logps ? load_number(grads.logps, row * rows.n_targets + k, rows.wide) : 0);
-}
-
-// Zeros in the padding of the vocabulary.
-void zero_padding(const Rows& rows, char* dx, const GradTensor& out) {
-  for (int64_t v = rows.vocab; v < rows.width; ++v)
-    memset(dx + v * out.vocab_stride * rows.logit_bytes, 0, rows.logit_bytes);
-}
-
-}  // namespace
-
-bool has_gradient(const Rows& rows, int64_t row, const TokenGrads& grads) {
-  if (row_state(rows, row) == kIgnored) return false;
-  if (grads.entropy && load_number(grads.entropy, row, rows.wide) != 0) return true;
-  if (grads.lse && load_number(grads.lse, row, rows.wide) != 0) return true;
-  for (int64_t k = 0; k < rows.n_targets; ++k)
-    if (target_grad_logp(rows, row, k, grads) != 0) return true;
-  return false;
-}
-
-void backward_piece(const Rows& rows, int64_t row, int64_t piece, const SavedArrays& saved, const TokenGrads& grads,
-                    const GradTensor& out) {
-  const int64_t start = piece * kPieceLogits, end = std::min(start + kPieceLogits, rows.vocab);
-  const int64_t n_targets = rows.n_targets;
-  const int64_t* targets = rows.targets + row * n_targets;
-  const char* x = row_logits(rows, row);
-  char* dx = row_grad_logits(rows, row, out);
-
-  RowGradsIn in = {0, 0, 0};
-  for (int64_t k = 0; k < n_targets; ++k) in.logps += target_grad_logp(rows, row, k, grads);
-  if (grads.entropy) in.entropy = load_number(grads.entropy, row, rows.wide);
-  if (grads.lse) in.lse = load_number(grads.lse, row, rows.wide);
-  const double entropy = in.entropy != 0 ? load_number(saved.entropy, row, rows.wide) : 0;
-  const RowGrad grad = row_grad(load_number(saved.stats, 2 * row, rows.wide),
-                                load_number(saved.stats, 2 * row + 1, rows.wide), entropy, in);
-
-  // The true-class terms, formed before the kernel may overwrite the logits they need. A target named several times
-  // is rounded once.
-  std::vector<std::pair<int64_t, double>> terms;
-  auto term = [&](int64_t k, double g) {
-    return target_grad(load_number(saved.logps, row * n_targets + k, rows.wide), g, entropy, in) *
-           (rows.transform_kind == kPlain ? 1 : transform_slope(rows.transform, raw_logit(rows, x, targets[k])));
-  };
-  std::pair<int64_t, double> single{-1, 0};
-  if (n_targets == 1) {
-    if (targets[0] >= start && targets[0] < end) single = {targets[0], term(0, in.logps)};
-  } else {
-    std::vector<std::pair<int64_t, int64_t>> order;
-    for (int64_t k = 0; k < n_targets; ++k)
-      if (targets[k] >= start && targets[k] < end) order.push_back({targets[k], k});
-    std::sort(order.begin(), order.end());
-    for (size_t i = 0; i < order.size();) {
-      const auto [target, k] = order[i];
-      double g = 0;
-      for (; i < order.size() && order[i].first == target; ++i)
-        g += target_grad_logp(rows, row, order[i].second, grads);
-      terms.push_back({target, term(k, g)});
-    }
-  }
-
-  rows.kernels->types[rows.logit_type].backward[rows.transform_kind][in.entropy != 0](
-      x + start * rows.vocab_stride * rows.logit_bytes, rows.vocab_stride,
-      dx + start * out.vocab_stride * rows.logit_bytes, out.vocab_stride, end - start, rows.transform, grad);
-
-  auto put = [&](const std::pair<int64_t, double>& t) {
-    store_logit(dx + t.first * out.vocab_stride * rows.logit_bytes, rows.logit_type, t.second);
-  };
-  if (single.first >= 0) put(single);
-  for (const auto& t : terms) put(t);
-  if (end == rows.vocab) zero_padding(rows, dx, out);
+    if (out.statistics[i] && i != kStatistic_is_top1) store_number(out.statistics[i], row, 0, rows.wide);
 }
 
 // Logits larger than this are no longer in a cache when backward comes to them; memory of this size comes fresh from
@@ -269,20 +194,83 @@ void advise_huge_pages(char* x, int64_t bytes) {
 #endif
 }
 
-void zero_piece(const Rows& rows, int64_t row, int64_t piece, const GradTensor& out) {
-  const int64_t start = piece * kPieceLogits, size = std::min(kPieceLogits, rows.vocab - start);
-  if (start + size == rows.vocab) zero_padding(rows, row_grad_logits(rows, row, out), out);
+namespace {
+
+void zero_columns(const CpuRows& rows, int64_t row, int64_t start, int64_t end, const GradTensor& out) {
   char* dx = row_grad_logits(rows, row, out) + start * out.vocab_stride * rows.logit_bytes;
+  const int64_t size = end - start;
   if (out.vocab_stride == 1) {
     // in memory that is fresh, the kernel has just brought the page's zeros into a cache
-    const bool in_place = out.data == (char*)rows.logits;
-    if (in_place && rows.n_rows * rows.vocab * rows.logit_bytes > kStreamBytes)
+    const bool in_place = out.data == rows.logits;
+    if (in_place && rows.n_rows * rows.width * rows.logit_bytes > kStreamBytes)
       stream_zeros(dx, size * rows.logit_bytes);
     else
       memset(dx, 0, size * rows.logit_bytes);
     return;
   }
   for (int64_t i = 0; i < size; ++i) memset(dx + i * out.vocab_stride * rows.logit_bytes, 0, rows.logit_bytes);
+}
+
+// The gradient of columns [start, end) of a row that counts.
+void grad_columns(const CpuRows& rows, int64_t row, int64_t start, int64_t end, const TokenArrays& saved,
+                  const Grads& grads, double from_seq, const RowIncoming& in, const GradTensor& out) {
+  const int64_t n_targets = rows.n_targets, first = row * n_targets;
+  const int64_t* targets = rows.targets + first;
+  const char* x = row_logits(rows, row);
+  char* dx = row_grad_logits(rows, row, out);
+  const double entropy = in.entropy != 0 ? load_number(saved.statistics[kStatistic_entropy], row, rows.wide) : 0;
+  const RowGrad grad = row_grad(load_number(saved.stats, 2 * row, rows.wide),
+                                load_number(saved.stats, 2 * row + 1, rows.wide), entropy, in);
+
+  // The true-class terms, formed before the kernel may overwrite the logits they need. A target named several times
+  // is rounded once.
+  std::vector<std::pair<int64_t, double>> terms;
+  auto term = [&](int64_t k, double g) {
+    return target_grad(load_number(saved.logps, first + k, rows.wide), g, entropy, in) *
+           (rows.transform_kind == kPlain ? 1 : transform_slope(rows.transform, raw_logit(rows, x, targets[k])));
+  };
+  std::pair<int64_t, double> single{-1, 0};
+  if (n_targets == 1) {
+    if (targets[0] >= start && targets[0] < end) single = {targets[0], term(0, in.logps)};
+  } else {
+    std::vector<std::pair<int64_t, int64_t>> order;
+    for (int64_t k = 0; k < n_targets; ++k)
+      if (targets[k] >= start && targets[k] < end) order.push_back({targets[k], k});
+    std::sort(order.begin(), order.end());
+    for (size_t i = 0; i < order.size();) {
+      const auto [target, k] = order[i];
+      double g = 0;
+      for (; i < order.size() && order[i].first == target; ++i)
+        g += target_incoming(rows, grads, first + order[i].second, from_seq);
+      terms.push_back({target, term(k, g)});
+    }
+  }
+
+  rows.kernels->backward[rows.transform_kind][in.entropy != 0](
+      x + start * rows.vocab_stride * rows.logit_bytes, rows.vocab_stride,
+      dx + start * out.vocab_stride * rows.logit_bytes, out.vocab_stride, end - start, rows.transform, grad);
+
+  auto put = [&](const std::pair<int64_t, double>& t) {
+    store_logit(dx + t.first * out.vocab_stride * rows.logit_bytes, rows.logit_type, t.second);
+  };
+  if (single.first >= 0) put(single);
+  for (const auto& t : terms) put(t);
+}
+
+}  // namespace
+
+void backward_piece(const CpuRows& rows, int64_t row, int64_t piece, const TokenArrays& saved, const Grads& grads,
+                    double from_seq, const GradTensor& out) {
+  const int64_t start = piece * kPieceLogits, end = std::min(start + kPieceLogits, rows.vocab);
+  const int64_t columns_end = end == rows.vocab ? rows.width : end;  // with the padding
+  RowIncoming in = {0, 0, 0, false};
+  if (row_state(rows, row) == kRowKept) in = row_incoming(rows, grads, row, from_seq);
+  if (!in.any) {
+    zero_columns(rows, row, start, columns_end, out);
+    return;
+  }
+  grad_columns(rows, row, start, end, saved, grads, from_seq, in, out);
+  if (columns_end > end) zero_columns(rows, row, end, columns_end, out);
 }
 
 }  // namespace dpo_fast

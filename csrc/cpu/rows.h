@@ -39,45 +39,28 @@ struct RowKernels {
 const RowKernels* compiled_kernels(int i);
 bool processor_supports(const RowKernels* kernels);
 
-// The rows of one call, with the functions that they take.
-struct Rows : RowBatch {
-  const RowKernels* kernels;
-  int transform_kind, logit_bytes;
+// The rows of one call, with the functions that work on them.
+struct CpuRows : Rows {
+  const TypeKernels* kernels;
+  TransformKind transform_kind;
+  int64_t logit_bytes;
   bool wide;
+  CpuRows(const Rows& rows, const RowKernels& isa);
 };
 
-// What forward left of each row; entropy is null unless its gradient comes in.
-struct SavedArrays {
-  const void* logps;    // [rows, n_targets]
-  const void* stats;    // [rows, 2]
-  const void* entropy;  // [rows]
-};
-
-// Incoming gradients of a row; null: none.
-struct TokenGrads {
-  const void* logps;    // [rows, n_targets]
-  const void* entropy;  // [rows]
-  const void* lse;      // [rows]
-  const double* row;    // [rows]: added to the gradient of each of the row's log-probs
-};
-
-inline int64_t pieces_per_row(const Rows& rows) { return (rows.vocab + kPieceLogits - 1) / kPieceLogits; }
-
-void finish_rows_setup(Rows& rows);  // fills kind, bytes and wide from the rest
+inline int64_t pieces_per_row(const CpuRows& rows) { return (rows.vocab + kPieceLogits - 1) / kPieceLogits; }
 
 // One piece of one row, forward, which also leaves the values of the targets inside it in out.logps; the merge of a
 // row's pieces into its outputs; an ignored row's outputs.
-void forward_piece(const Rows& rows, int64_t row, int64_t piece, const TokenArrays& out, RowPart* part);
-void finish_row(const Rows& rows, int64_t row, const RowPart* parts, const TokenArrays& out);
-void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out);
+void forward_piece(const CpuRows& rows, int64_t row, int64_t piece, const TokenArrays& out, RowPart* part);
+void finish_row(const CpuRows& rows, int64_t row, const RowPart* parts, const TokenArrays& out);
+void finish_ignored_row(const CpuRows& rows, int64_t row, const TokenArrays& out);
 
-// Whether a row has a gradient to give: it counts, and some incoming gradient is not 0. Others are not read.
-bool has_gradient(const Rows& rows, int64_t row, const TokenGrads& grads);
-
-// One piece of one row, backward: its gradient, or zeros; the last piece zeroes the padding of the vocabulary as well.
-void backward_piece(const Rows& rows, int64_t row, int64_t piece, const SavedArrays& saved, const TokenGrads& grads,
-                    const GradTensor& out);
-void zero_piece(const Rows& rows, int64_t row, int64_t piece, const GradTensor& out);
+// One piece of one row, backward; from_seq: what the sequence adds to the gradient of each of the row's log-probs. A
+// row that is ignored, or whose incoming gradients are all 0, is not read and gets zeros, as does the padding of every
+// row.
+void backward_piece(const CpuRows& rows, int64_t row, int64_t piece, const TokenArrays& saved, const Grads& grads,
+                    double from_seq, const GradTensor& out);
 
 // Before the first write to fresh memory, if it is large: its pages may come 2 MiB at a time (Linux).
 void advise_huge_pages(char* x, int64_t bytes);

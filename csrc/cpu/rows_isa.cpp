@@ -11,9 +11,11 @@ constexpr int64_t kBlockLogits = 2048;
 // Vectors per loop turn: independent accumulators hide the latency of the additions.
 constexpr int kUnroll = 4;
 // The shift follows the maximum only when it is passed by this much (in z): fewer restarts, and exp(kSlack) is far from
-// overflow. It stays small because the rounding of x - shift grows with it. It is the same with and without extras:
-// what is asked for beside a log-prob does not change its bits.
+// overflow. It stays small because the rounding of x - shift grows with it. One rule with and without extras: a
+// log-prob's bits must not depend on the statistics asked for beside it.
 constexpr double kSlack = 8;
+// Entropy is a difference of two numbers that grow with the distance from the shift to the maximum, too much for it:
+// e * d is summed with d from the largest logit so far (`top`), and the difference to the shift is added in double.
 constexpr int kPrefetchBytes = 8192;
 
 // The transform in the precision of the vectors.
@@ -81,7 +83,7 @@ constexpr Last<Io> kLast;
 // Adds one turn of kUnroll vectors. In the row's last turn (kTail) only the lanes that `inside` marks count.
 template <class Io, TransformKind kKind, bool kExtras, bool kTail>
 DPO_FAST_INLINE void forward_turn(const typename Io::Storage* x, const typename Io::Storage* inside,
-                                  typename Io::Vec shift, const Consts<typename Io::Vec>& c,
+                                  typename Io::Vec shift, typename Io::Vec top, const Consts<typename Io::Vec>& c,
                                   BlockSums<typename Io::Vec>& s) {
   using V = typename Io::Vec;
   V v[kUnroll], in[kUnroll];
@@ -98,7 +100,7 @@ DPO_FAST_INLINE void forward_turn(const typename Io::Storage* x, const typename 
     s.sum[k] += e;
     if constexpr (kExtras) {
       // bounded below: 0 * -inf would be NaN
-      s.sum_ed[k] = multiply_add(e, maximum(splat<V>(kExpLow<V>), d), s.sum_ed[k]);
+      s.sum_ed[k] = multiply_add(e, maximum(splat<V>(kExpLow<V>), to_z<kKind>(y - top, c)), s.sum_ed[k]);
       s.sum_sq[k] = multiply_add(e, e, s.sum_sq[k]);
       V z = to_z<kKind>(y, c);
       if constexpr (kTail) z = in[k] > splat<V>(0) ? z : splat<V>(0);
@@ -107,9 +109,11 @@ DPO_FAST_INLINE void forward_turn(const typename Io::Storage* x, const typename 
   }
 }
 
-// Sums over one block of n <= kBlockLogits contiguous logits relative to `shift`; max is of the raw logits.
+// Sums over one block of n <= kBlockLogits contiguous logits relative to `shift`, but sum_ed has d relative to `top`;
+// max is of the raw logits.
 template <class Io, TransformKind kKind, bool kExtras>
-RowPart forward_block(const typename Io::Storage* x, int64_t n, double shift, const Consts<typename Io::Vec>& c) {
+RowPart forward_block(const typename Io::Storage* x, int64_t n, double shift, double top,
+                      const Consts<typename Io::Vec>& c) {
   using V = typename Io::Vec;
   using Scalar = typename VecTraits<V>::Scalar;
   BlockSums<V> s;
@@ -119,19 +123,21 @@ RowPart forward_block(const typename Io::Storage* x, int64_t n, double shift, co
   }
   // Before any finite logit every difference must be -inf or NaN, which 0 as shift gives.
   const V vector_shift = splat<V>(shift == -INFINITY ? 0 : (Scalar)shift);
+  const V vector_top = splat<V>(top == -INFINITY ? 0 : (Scalar)top);
   int64_t i = 0;
   for (; i + kTurn<Io> <= n; i += kTurn<Io>) {
     prefetch_turn<Io>(x + i);
-    forward_turn<Io, kKind, kExtras, false>(x + i, nullptr, vector_shift, c, s);
+    forward_turn<Io, kKind, kExtras, false>(x + i, nullptr, vector_shift, vector_top, c, s);
   }
   // The last turn also reads logits that were counted, which leave the maximum as it is.
   if (i < n && n >= kTurn<Io>) {
-    forward_turn<Io, kKind, kExtras, true>(x + n - kTurn<Io>, kLast<Io>.values + (n - i), vector_shift, c, s);
+    forward_turn<Io, kKind, kExtras, true>(x + n - kTurn<Io>, kLast<Io>.values + (n - i), vector_shift, vector_top, c,
+                                           s);
   } else if (i < n) {
     typename Io::Storage padded[kTurn<Io>];
     for (auto& p : padded) p = x[0];
     memcpy(padded + kTurn<Io> - n, x, n * sizeof(*x));
-    forward_turn<Io, kKind, kExtras, true>(padded, kLast<Io>.values + n, vector_shift, c, s);
+    forward_turn<Io, kKind, kExtras, true>(padded, kLast<Io>.values + n, vector_shift, vector_top, c, s);
   }
   RowPart part = empty_part();
   part.shift = shift;
@@ -202,6 +208,7 @@ RowPart forward(const void* logits, int64_t stride, int64_t n, const LogitTransf
   const Consts<V> c(transform);
   const double unit = kKind == kPlain ? 1 : unit_scale(transform);
   RowPart total = empty_part();
+  double largest_so_far = -INFINITY;  // in the shift domain
   Storage packed[kBlockLogits];
   for (int64_t start = 0; start < n; start += kBlockLogits) {
     const int64_t size = n - start < kBlockLogits ? n - start : kBlockLogits;
@@ -214,13 +221,19 @@ RowPart forward(const void* logits, int64_t stride, int64_t n, const LogitTransf
       const int64_t few = size < 256 ? size : 256;
       total.shift = largest<Io>(block, few);
       if constexpr (kKind == kCapped) total.shift = shift_domain<kKind>(splat<V>(total.shift), c)[0];
+      largest_so_far = total.shift;
     }
-    RowPart part = forward_block<Io, kKind, kExtras>(block, size, total.shift, c);
+    RowPart part = forward_block<Io, kKind, kExtras>(block, size, total.shift, largest_so_far, c);
     double top = part.max;
     if constexpr (kKind == kCapped) top = shift_domain<kKind>(splat<V>(top), c)[0];
-    if (top > total.shift + kSlack / unit) part = forward_block<Io, kKind, kExtras>(block, size, top, c);
-    if constexpr (kExtras)
+    const double shift = top > total.shift + kSlack / unit ? top : total.shift;
+    const bool again = kExtras ? top > largest_so_far : shift != total.shift;
+    if (top > largest_so_far) largest_so_far = top;
+    if (again) part = forward_block<Io, kKind, kExtras>(block, size, shift, largest_so_far, c);
+    if constexpr (kExtras) {
+      if (largest_so_far != shift) part.sum_ed += part.sum * (largest_so_far - shift) * unit;
       if (part.max > total.max) part.argmax = start + first_position<Io>(block, size, part.max);
+    }
     merge_parts(total, part, unit);
   }
   return total;
