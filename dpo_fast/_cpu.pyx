@@ -20,7 +20,7 @@ from dpo_fast._declarations cimport *
 cdef extern from "cpu/rows.h" namespace "dpo_fast" nogil:
     cdef struct RowKernels:
         const char* isa
-        void (*exp_float)(const float*, float*, int64_t, cbool)
+        void (*exp_float)(const float*, float*, int64_t, bint)
         void (*exp_double)(const double*, double*, int64_t)
 
     const RowKernels* compiled_kernels(int)
@@ -125,11 +125,12 @@ cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
     cdef int64_t seq = row // rows.rows_per_seq
     place = [row % rows.rows_per_seq]
     if seq > 0 or rows.rows_per_seq < rows.n_rows:
-        position.insert(0, seq)
+        place.insert(0, seq)
     if rows.n_targets > 1:
-        position.append(fault.second)
+        place.append(k)
     raise IndexError(
-        f"target {fault.value} at position {position} is outside [0, {rows.vocab}) and is not ignore_index"
+        f"target {rows.targets[row * rows.n_targets + k]} at position {place} is outside [0, {rows.vocab}) and is not "
+        f"ignore_index"
     )
 
 

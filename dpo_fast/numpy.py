@@ -132,7 +132,7 @@ def selective_log_softmax(
     flat = logits if logits.ndim in (2, 3) else logits.reshape(-1, logits.shape[-1])
     rows = Rows(flat, index.reshape(*flat.shape[:-1], *n_index), options, row_mask=rows_kept)
     saved = rows.saved()
-    _cpu.token_forward(rows.kernel(), get_num_threads(), address(saved[0]), address(saved[1]), ())
+    _cpu.token_forward(rows.kernel(), get_num_threads(), address(saved[0]), address(saved[1]), None)
     logps = saved[0].reshape(index.shape)
     if mask is not None:
         logps = np.where(mask, logps, logps.dtype.type(0))

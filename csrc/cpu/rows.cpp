@@ -137,7 +137,6 @@ void finish_row(const CpuRows& rows, int64_t row, const RowPart* parts, const To
   uint8_t* is_top1 = (uint8_t*)out.statistics[kStatistic_is_top1];
   RowPart total = empty_part();
   for (int64_t i = 0; i < pieces_per_row(rows); ++i) merge_parts(total, parts[i], unit);
-  uint8_t* const is_top1 = (uint8_t*)out.statistics[kStat_is_top1];
   for (int64_t i = row * rows.n_targets; i < (row + 1) * rows.n_targets; ++i) {
     store_number(out.logps, i, row_logp(total, load_number(out.logps, i, rows.wide), unit), rows.wide);
     if (is_top1) is_top1[i] = row_is_top1(total, rows.targets[i]);
