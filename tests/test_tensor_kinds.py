@@ -54,6 +54,9 @@ class Wrapper(Tensor):
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
 
+    def __repr__(self) -> str:
+        return f"Wrapper({self.inner})"
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         args, kwargs = _pytree.tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
@@ -66,6 +69,9 @@ class WithoutStorage(Tensor):
     @staticmethod
     def __new__(cls, like: Tensor) -> WithoutStorage:
         return Tensor._make_wrapper_subclass(cls, like.size(), dtype=like.dtype, device=like.device)
+
+    def __repr__(self) -> str:
+        return "WithoutStorage()"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
