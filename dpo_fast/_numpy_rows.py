@@ -181,7 +181,7 @@ class Rows:
             pairs,
             get_num_threads(),
             KernelSaved(address(saved[0]), address(saved[1]), address(saved_entropy), address(pair_grads)),  # type: ignore[arg-type]
-            KernelGrads(**{name: address(array) for name, array in grads.items()}),
+            KernelGrads(*[address(grads.get(name)) for name in KernelGrads._fields]),
             KernelOut(address(grad), strides[0] if grad.ndim == 3 else 0, strides[-2], strides[-1]),  # type: ignore[arg-type]
         )
         return grad

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast._checks import integer, number, pair_count
-from dpo_fast._torch.checks import plain_tensors
+from dpo_fast._torch.checks import check_device, check_integers, plain_tensors
 from dpo_fast._torch.sequences import (
     accurate_type,
     check_cu_seqlens,
@@ -52,7 +52,12 @@ def ld_dpo_weights(
         ValueError: ld_alpha outside [0, 1]; a sequence in several pairs whose shorter lengths differ.
     """
     ld_alpha = number("ld_alpha", ld_alpha)
+    ignore_index = integer("ignore_index", ignore_index)
     targets, pairs, cu_seqlens = plain_tensors(("targets", "pairs", "cu_seqlens"), (targets, pairs, cu_seqlens))
+    for name, tensor in (("pairs", pairs), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None:
+            check_integers(name, tensor)
+            check_device(name, tensor, targets, "targets")
     if cu_seqlens is None and targets.dim() != 2:
         raise ValueError(f"targets must have shape [S, T], or [N] with cu_seqlens, found {tuple(targets.shape)}")
     if cu_seqlens is not None and looks_at_values(cu_seqlens):

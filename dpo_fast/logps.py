@@ -27,6 +27,7 @@ from dpo_fast._torch import register  # noqa: F401  (it defines torch.ops.dpo_fa
 from dpo_fast._torch.autograd import SequenceLogps, TokenLogps, inplace_allowed, run, wants_gradient
 from dpo_fast._torch.checks import check_device, check_integers, check_no_grad, plain_tensors
 from dpo_fast._torch.operators import Rows, SequenceForward, Sequences, TokenForward
+from dpo_fast._torch.sequences import refuse_bad_targets
 from dpo_fast.outputs import TokenOutput
 
 
@@ -107,16 +108,16 @@ def selective_log_softmax(
     check_integers("index", index)
     lead = logits.shape[:-1]
     check_shape("index", index.shape, lead if gathers_one else (*lead, index.shape[-1]), "to fit the logits")
-    check_device("index", index, logits)
+    check_device("index", index, logits, "logits")
     rows_kept = None
     if row_mask is not None:
         check_shape("row_mask", row_mask.shape, index.shape, "as index has")
-        check_device("row_mask", row_mask, logits)
+        check_device("row_mask", row_mask, logits, "logits")
         index = index.long()
         rows_kept = row_mask != 0 if gathers_one else (row_mask != 0).any(-1)
         if not gathers_one:  # an entry masked out may hold any index
             index = index.masked_fill(row_mask == 0, 0)
-    shape, own = index.shape, dtype or logits.dtype
+    given, shape, vocab, own = index, index.shape, logits.shape[-1], dtype or logits.dtype
     if logits.dim() == 1:
         logits, index = logits.unsqueeze(0), index.unsqueeze(0)
         rows_kept = None if rows_kept is None else rows_kept.unsqueeze(0)
@@ -126,7 +127,13 @@ def selective_log_softmax(
         rows_kept = None if rows_kept is None else rows_kept.flatten()
     keep = wants_gradient(logits)
     a = TokenForward(Rows(index, rows_kept, None, options), 0, keep)
-    logps = run(TokenLogps, keep, logits, a, False)[0].reshape(shape)
+    try:
+        logps = run(TokenLogps, keep, logits, a, False)[0].reshape(shape)
+    except IndexError:  # its position is one in the rows above
+        refuse_bad_targets(
+            given, torch.ones_like(given, dtype=torch.bool) if row_mask is None else row_mask != 0, vocab
+        )
+        raise
     if row_mask is not None and not gathers_one:
         logps = logps.masked_fill(row_mask == 0, 0)
     return logps.to(own)  # type: ignore[no-any-return]

@@ -56,8 +56,9 @@ def coupled_losses(
     pairs: Tensor | None,
     beta: float,
     label_smoothing: float,
+    pair_weights: Tensor | None,
 ) -> Tensor:
-    """The weighted sum of the terms, [P] in float64.
+    """The weighted sum of the terms times pair_weights, [P] in float64; the terms see zeros for a pair of weight 0.
 
     Raises:
         ValueError: a user's function returns another shape.
@@ -66,8 +67,10 @@ def coupled_losses(
     ref = torch.zeros_like(wide) if ref_logps is None else ref_logps.double()
     if any(callable(term) for term, _ in terms):  # which may work in place
         wide, ref = wide.clone(), ref.clone()
-    chosen, rejected = sides(wide, n_pairs, pairs)
-    ref_chosen, ref_rejected = sides(ref, n_pairs, pairs)
+    each = [*sides(wide, n_pairs, pairs), *sides(ref, n_pairs, pairs)]
+    if pair_weights is not None:
+        each = [torch.where(pair_weights == 0, torch.zeros_like(side), side) for side in each]
+    chosen, rejected, ref_chosen, ref_rejected = each
     total = torch.zeros_like(chosen)
     for term, weight in terms:
         if isinstance(term, str):
@@ -78,4 +81,6 @@ def coupled_losses(
                 found = (tuple(losses.shape), losses.dtype) if isinstance(losses, Tensor) else type(losses)
                 raise ValueError(f"a loss function must return one number per pair, [{n_pairs}], found {found}")
         total = total + weight * losses
-    return total
+    if pair_weights is None:
+        return total
+    return torch.where(pair_weights == 0, torch.zeros_like(total), total * pair_weights)

@@ -68,11 +68,12 @@ def coupled_losses(
 ) -> tuple[Array, Array | None]:
     """The weighted sum of the terms, [P], and the gradient of sum(cotangent * it) by logps [S], both in float64.
 
-    The gradient is None when a user's function gives no derivatives. pairs: [P, 2].
+    The gradient is None when a user's function gives no derivatives. pairs: [P, 2]. A pair whose cotangent is 0 takes
+    no part: the terms see zeros in its place.
     """
     wide = logps.astype(np.float64)
     ref = np.zeros_like(wide) if ref_logps is None else ref_logps
-    values = [side[pairs[:, k]] for side in (wide, ref) for k in (0, 1)]
+    values = [np.where(cotangent == 0, 0, side[pairs[:, k]]) for side in (wide, ref) for k in (0, 1)]
     total, grad = np.zeros(len(pairs)), np.zeros(len(wide))
     complete = True
     for term, weight in terms:
@@ -82,5 +83,5 @@ def coupled_losses(
             if derivative is None:
                 complete = False
             else:
-                np.add.at(grad, pairs[:, k], weight * derivative)
+                np.add.at(grad, pairs[:, k], np.where(cotangent == 0, 0, weight * derivative))
     return total, grad if complete else None

@@ -73,6 +73,7 @@ def choose(
         beta_of_pairs, beta = plain_tensor("beta", beta), 1.0
         if beta_of_pairs.is_complex() or beta_of_pairs.dtype is torch.bool:
             raise TypeError(f"beta must be real numbers, found {beta_of_pairs.dtype}")
+        check_device("beta", beta_of_pairs, like, "the logits or log-probs")
         if looks_at_values(beta_of_pairs) and not bool(((beta_of_pairs >= 0) & beta_of_pairs.isfinite()).all()):
             raise ValueError("beta must be at least 0 and finite for every pair")
     numbers = split_pair_numbers(options, pair_weights, beta_of_pairs)
@@ -92,6 +93,7 @@ def _baseline_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | Non
         return None
     if isinstance(value, Tensor):
         check_no_grad("baseline", value)
+        value = plain_tensor("baseline", value)
         return value.reshape(()) if value.numel() == 1 else value
     found = _checks.number("baseline", value)
     return torch.full((), found, dtype=accurate_type(like.device), device=like.device)  # no copy from the host
@@ -110,6 +112,8 @@ def with_pairs(
     loss, beta = choice.loss, choice.numbers.pair_beta
     if loss.unpaired or desirable is not None:
         pairs = _single_completions(loss, n_seqs, pairs, desirable, like.device)
+    if pairs is not None:
+        check_device("pairs", pairs, like, "logits, hidden or logps")
     if beta is not None and beta.dim() == 0:
         n_pairs = check_pair_tensor(pairs, like, n_seqs, loss.num_pairs is not None)
         choice = choice._replace(numbers=choice.numbers._replace(pair_beta=beta.expand(n_pairs)))
@@ -125,7 +129,7 @@ def _single_completions(
         good = numbers < _checks.pair_count(n_seqs, None)
     else:
         check_shape("desirable", desirable.shape, (n_seqs,), "with one truth value per sequence")
-        check_device("desirable", desirable, numbers, "the log-probs")
+        check_device("desirable", desirable, numbers, "logits, hidden or logps")
         good = desirable != 0
     absent = torch.full_like(numbers, -1)
     return torch.stack([torch.where(good, numbers, absent), torch.where(good, absent, numbers)], -1)
@@ -178,9 +182,9 @@ def reduced(out: DPOOutput, choice: Choice, ref_logps: Tensor | None) -> DPOOutp
     if n_pairs == 0 and loss.num_pairs is None:
         _checks.pair_count(out.logps.shape[0], (0, 2))
     if loss.coupled:
-        extra = coupled_losses(loss.coupled, out.logps, ref_logps, n_pairs, out.pairs, loss.beta, loss.label_smoothing)
-        if weights is not None:
-            extra = torch.where(weights == 0, torch.zeros_like(extra), extra * weights)
+        extra = coupled_losses(
+            loss.coupled, out.logps, ref_logps, n_pairs, out.pairs, loss.beta, loss.label_smoothing, weights
+        )
         losses = (out.losses.double() + extra).to(out.losses.dtype)
         total = out.loss.double() + extra.sum() / (loss.divisor or n_pairs)
         out = _replaced(out, losses=losses, loss=total.to(losses.dtype))

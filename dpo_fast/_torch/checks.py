@@ -54,9 +54,9 @@ def plain_tensor(name: str, value: Any) -> Tensor:
     if value.__class__ not in PLAIN and not torch._C._len_torch_dispatch_stack():
         if type(value).__torch_dispatch__ is Tensor.__torch_dispatch__:  # a subclass in name only
             value = value.as_subclass(Tensor)
-        elif not isinstance(value, torch._subclasses.FakeTensor):
+        else:
             raise TypeError(
-                f"{name} is a {type(value).__name__}, whose numbers are not in its own memory: give a plain tensor"
+                f"{name} is a {type(value).__name__}, whose numbers are not in memory of its own: give a plain tensor"
             )
     return value.resolve_neg() if value.is_neg() else value
 
@@ -75,7 +75,7 @@ def check_no_grad(name: str, tensor: Tensor | None) -> None:
 # --- types and devices ------------------------------------------------------------------------------------------------
 
 
-def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str = "logits") -> None:
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     """Raises ValueError unless both tensors are on one device."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, found {tensor.device}")
@@ -87,13 +87,15 @@ def check_integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be integers, found {tensor.dtype}")
 
 
-def check_numbers(name: str, tensor: Tensor | None, like: Tensor, shape: Sequence[int], reason: str) -> None:
+def check_numbers(
+    name: str, tensor: Tensor | None, like: Tensor, shape: Sequence[int], reason: str, like_name: str = "logits"
+) -> None:
     """Checks real numbers of a shape, on like's device, where they are given."""
     if tensor is None:
         return
     if tensor.is_complex():
         raise TypeError(f"{name} must be real numbers, found {tensor.dtype}")
-    check_device(name, tensor, like)
+    check_device(name, tensor, like, like_name)
     if tensor.shape != shape:
         check_shape(name, tensor.shape, shape, reason)
 
@@ -136,30 +138,32 @@ def check_sequences(like: Tensor, rows: Rows, seqs: Sequences, name: str = "logi
     if seqs.cu_seqlens is not None:
         check_integers("cu_seqlens", seqs.cu_seqlens)
         check_device("cu_seqlens", seqs.cu_seqlens, like, name)
-    check_numbers("token_weights", rows.token_weights, like, targets.shape, "as targets have")
+    check_numbers("token_weights", rows.token_weights, like, targets.shape, "as targets have", name)
     return _checks.sequence_count(shape, None if seqs.cu_seqlens is None else seqs.cu_seqlens.shape, name)
 
 
-def check_pair_tensor(pairs: Tensor | None, like: Tensor, n_seqs: int, may_be_none: bool = False) -> int:
+def check_pair_tensor(
+    pairs: Tensor | None, like: Tensor, n_seqs: int, may_be_none: bool = False, like_name: str = "logits"
+) -> int:
     """Checks `pairs`; returns their number."""
     if pairs is not None:
         check_integers("pairs", pairs)
-        check_device("pairs", pairs, like)
+        check_device("pairs", pairs, like, like_name)
     return _checks.pair_count(n_seqs, None if pairs is None else pairs.shape, may_be_none)
 
 
-def check_pairs(like: Tensor, n_seqs: int, pairs: Pairs, ref_logps: Tensor | None) -> int:
+def check_pairs(like: Tensor, n_seqs: int, pairs: Pairs, ref_logps: Tensor | None, like_name: str = "logits") -> int:
     """Checks what a loss takes beside n_seqs log-probs; returns the number of pairs."""
     if ref_logps is not None:
         if not ref_logps.is_floating_point():
             raise TypeError(f"ref_logps must be floating-point numbers, found {ref_logps.dtype}")
-        check_numbers("ref_logps", ref_logps, like, (n_seqs,), "with one log-prob per sequence")
-    n_pairs = check_pair_tensor(pairs.pairs, like, n_seqs, pairs.divisor != 0)
+        check_numbers("ref_logps", ref_logps, like, (n_seqs,), "with one log-prob per sequence", like_name)
+    n_pairs = check_pair_tensor(pairs.pairs, like, n_seqs, pairs.divisor != 0, like_name)
     for name, tensor in zip(pairs.numbers._fields, pairs.numbers, strict=True):
         if tensor is not None:
             name = name.removeprefix("pair_") if name == "pair_beta" else name
-            check_numbers(name, tensor, like, (n_pairs,), "with one number per pair")
-    check_numbers("baseline", pairs.baseline, like, (), "as one number")
+            check_numbers(name, tensor, like, (n_pairs,), "with one number per pair", like_name)
+    check_numbers("baseline", pairs.baseline, like, (), "as one number", like_name)
     return n_pairs
 
 

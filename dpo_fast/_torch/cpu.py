@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,11 +25,30 @@ from dpo_fast._torch.operators import (
     TokenForward,
     TokenResult,
 )
-from dpo_fast._torch.sequences import count_sequences, wide_type
+from dpo_fast._torch.sequences import count_sequences, kept_rows, refuse_bad_targets, wide_type
 
 _NO_NUMBERS = (None,) * len(_cpu.pair_numbers())
 
 
+def _naming_targets(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Says where a bad target is in the caller's tensor; the kernel knows rows and sequences only."""
+
+    @functools.wraps(function)
+    def wrapper(logits: Tensor, a: Any) -> Any:
+        try:
+            return function(logits, a)
+        except IndexError:
+            targets, options = a.rows.targets, a.rows.options
+            kept = kept_rows(targets, options.ignore_index, a.rows.token_weights)
+            if a.rows.row_mask is not None:
+                kept &= (a.rows.row_mask != 0).view(a.rows.row_mask.shape + (1,) * (targets.dim() - logits.dim() + 1))
+            refuse_bad_targets(targets, kept, options.valid_vocab or logits.shape[-1])
+            raise
+
+    return wrapper
+
+
+@_naming_targets
 def token_forward(logits: Tensor, a: TokenForward) -> TokenResult:
     out, at = shapes.token_forward(logits, a), Addresses()
     kernel = (at.rows(logits, a.rows), torch.get_num_threads(), out.logps.data_ptr(), pointer(out.stats))
@@ -33,6 +56,7 @@ def token_forward(logits: Tensor, a: TokenForward) -> TokenResult:
     return out
 
 
+@_naming_targets
 def sequence_forward(logits: Tensor, a: SequenceForward) -> SequenceResult:
     out, at = shapes.sequence_forward(logits, a), Addresses()
     kernel = (at.rows(logits, a.rows), at.sequences(a.seqs, out.seq_logps.shape[0]), torch.get_num_threads())
@@ -40,6 +64,7 @@ def sequence_forward(logits: Tensor, a: SequenceForward) -> SequenceResult:
     return out
 
 
+@_naming_targets
 def dpo_forward(logits: Tensor, a: DPOForward) -> DPOResult:
     out, at = shapes.dpo_forward(logits, a), Addresses()
     logps, stats, found = out.tokens

@@ -6,10 +6,11 @@ before any product, rows without a gradient before any product of gradients.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +104,21 @@ class _Tokens(NamedTuple):
             all_rows[index] = values
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The types are chosen here: autocast would take float32 products back to the type whose range they left."""
+
+    @functools.wraps(function)
+    def wrapper(hidden: Tensor, a: Any) -> Any:
+        kind = hidden.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(hidden, a)
+        with torch.autocast(kind, enabled=False):
+            return function(hidden, a)
+
+    return wrapper
+
+
+@_without_autocast
 def linear_token_forward(hidden: Tensor, a: LinearTokenForward) -> LinearTokenResult:
     out = shapes.linear_token_forward(hidden, a)
     head = trimmed(a.head, a.rows.options.valid_vocab)
@@ -122,6 +138,7 @@ def linear_token_forward(hidden: Tensor, a: LinearTokenForward) -> LinearTokenRe
     return out
 
 
+@_without_autocast
 def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradients:
     shapes.linear_token_backward(hidden, a)
     head, options = trimmed(a.head, a.rows.options.valid_vocab), a.rows.options
@@ -275,6 +292,7 @@ class _Group:
         return call(PREFERENCE_BACKWARD, sums, PreferenceBackward(self.pairs, 1.0, pair_grads, one))
 
 
+@_without_autocast
 def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
     out = shapes.linear_dpo_forward(hidden, a)
     head = trimmed(a.head, a.rows.options.valid_vocab)

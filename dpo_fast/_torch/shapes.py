@@ -122,15 +122,15 @@ def rows_backward_inplace(logits: Tensor, a: RowsBackward) -> None:
 
 def preference_forward(logps: Tensor, a: PreferenceForward) -> PreferenceResult:
     checks.check_logps(logps)
-    n_pairs = checks.check_pairs(logps, logps.shape[0], a.pairs, a.ref_logps)
-    checks.check_numbers("lengths", a.lengths, logps, logps.shape, "with one number per sequence")
+    n_pairs = checks.check_pairs(logps, logps.shape[0], a.pairs, a.ref_logps, "logps")
+    checks.check_numbers("lengths", a.lengths, logps, logps.shape, "with one number per sequence", "logps")
     return _losses(logps, logps.dtype, n_pairs, a.keep)
 
 
 def preference_backward(logps: Tensor, a: PreferenceBackward) -> Tensor:
     checks.check_logps(logps)
-    n_pairs = checks.check_pair_tensor(a.pairs, logps, logps.shape[0], a.divisor != 0)
-    checks.check_numbers("pair_grads", a.pair_grads, logps, (n_pairs, 2), "with two derivatives per pair")
+    n_pairs = checks.check_pair_tensor(a.pairs, logps, logps.shape[0], a.divisor != 0, "logps")
+    checks.check_numbers("pair_grads", a.pair_grads, logps, (n_pairs, 2), "with two derivatives per pair", "logps")
     checks.check_gradients(logps, None, a.grad, logps.shape[0], n_pairs)
     return torch.empty_like(logps, memory_format=torch.contiguous_format)
 
@@ -173,7 +173,7 @@ def early_type(hidden: Tensor) -> torch.dtype:
 def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
     checks.check_head(hidden, a.head, a.rows)
     n_seqs = checks.check_sequences(hidden, a.rows, a.seqs, "hidden")
-    n_pairs = checks.check_pairs(hidden, n_seqs, a.pairs, a.ref_logps)
+    n_pairs = checks.check_pairs(hidden, n_seqs, a.pairs, a.ref_logps, "hidden")
     wide = wide_type(hidden.dtype)
     return LinearDPOResult(
         _losses(hidden, wide, n_pairs, True),
