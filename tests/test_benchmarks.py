@@ -140,6 +140,68 @@ def test_a_peer_that_fails_is_named_and_a_wrong_one_not_timed(monkeypatch):
         assert len(found[name]["samples"]) >= 3
 
 
+@pytest.mark.parametrize("work", [FORWARD, STEP])
+def test_pairs_and_weights_reach_every_candidate(work):
+    inputs = peers.make_level_inputs(peers.VARYING, TINY)
+    values = {
+        name: peers.build(peers.VARYING, name, inputs, work)(inputs.x.clone())
+        for name in (peers.FAST, peers.NAIVE, peers.FAST + peers.WEIGHTED, peers.NAIVE + peers.WEIGHTED)
+    }
+    for more in ("", peers.WEIGHTED):
+        value, grads = values[peers.NAIVE + more]
+        found, found_grads = values[peers.FAST + more]
+        assert bench.relative_difference(found, value) < 1e-5
+        assert all(bench.relative_difference(a, b) < 1e-4 for a, b in zip(found_grads, grads, strict=True))
+    assert bench.relative_difference(values[peers.FAST][0], values[peers.FAST + peers.WEIGHTED][0]) > 0.01
+
+
+VARYING = replace(TINY, n_seqs=2, length=40, ignored=0.0)
+VARYING_NAMES = [name + more for more in ("", peers.WEIGHTED) for name in (peers.FAST, peers.NAIVE)]
+
+
+@pytest.mark.parametrize("work", [FORWARD, STEP])
+def test_calls_of_varying_shapes(monkeypatch, work):
+    """Every length is called once a pass and after others; all candidates see the same ones."""
+    seen = {name: [] for name in VARYING_NAMES}
+    build = peers.build
+
+    def watched(level, name, inputs, work):
+        call = build(level, name, inputs, work)
+        return lambda x: (seen[name].append(tuple(x.shape)), call(x))[1]
+
+    monkeypatch.setattr(peers, "build", watched)
+    recorder = harness.Recorder(quick=True)
+    fake = FakeBenchmark()
+    threads = torch.get_num_threads()
+    harness.compare_varying(fake, recorder, VARYING, work, VARYING_NAMES, passes=2)
+    assert torch.get_num_threads() == threads
+    lengths, warm_up = (each[::20] for each in shapes.varying_lengths(VARYING))
+    assert set(lengths).isdisjoint(warm_up)
+    for shapes_seen in seen.values():
+        assert [shape[1] for shape in shapes_seen[: len(warm_up)]] == warm_up
+        timed = shapes_seen[len(warm_up) :]
+        assert sorted(timed) == sorted(2 * [(2, length, 34) for length in lengths])
+        assert timed == seen[peers.FAST][len(warm_up) :]
+    for record in recorder.finish():
+        assert len(record["samples"]) == 2 * len(lengths)
+        assert record["median_s"] > 0
+        assert record["difference"] < 1e-5
+        assert record["bytes"] is None  # no one number of bytes
+    assert set(fake.extra_info["median_ms"]) == set(VARYING_NAMES)
+
+
+def test_a_wrong_result_on_varying_shapes_is_not_timed(monkeypatch):
+    build = peers.build
+
+    def broken(level, name, inputs, work):
+        call = build(level, name, inputs, work)
+        return (lambda x: (2 * call(x)[0], call(x)[1])) if name == peers.FAST + peers.WEIGHTED else call
+
+    monkeypatch.setattr(peers, "build", broken)
+    with pytest.raises(AssertionError, match="dpo_fast, pairs and weights differs from naive torch"):
+        harness.compare_varying(FakeBenchmark(), harness.Recorder(quick=True), VARYING, FORWARD, VARYING_NAMES)
+
+
 class FakeBenchmark:
     """As much of pytest-benchmark's fixture as is used."""
 
@@ -168,7 +230,9 @@ def test_memory_in_a_fresh_process():
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
-def synthetic(read=8.0, forward=10.0, step=20.0, naive=300.0, compiled=80.0, one_thread=38.0, read_one_thread=16.0):
+def synthetic(
+    read=8.0, forward=10.0, step=20.0, naive=300.0, compiled=80.0, one_thread=38.0, read_one_thread=16.0, varying=0.9
+):
     """Records of every CPU target; times in ms, alike on all cases."""
     records = []
 
@@ -196,6 +260,11 @@ def synthetic(read=8.0, forward=10.0, step=20.0, naive=300.0, compiled=80.0, one
         for work in (FORWARD, STEP):
             add(peers.DPO, work, case, peers.FAST, 0.05)
             add(peers.DPO, work, case, peers.NAIVE, 0.1)
+    for case in shapes.varying_cases("cpu"):
+        for work in (FORWARD, STEP):
+            for more in ("", peers.WEIGHTED):
+                add(peers.VARYING, work, case, peers.FAST + more, varying)
+                add(peers.VARYING, work, case, peers.NAIVE + more, 1.0)
     for case in shapes.linear_cases("cpu"):
         add(peers.LINEAR, STEP, case, peers.FAST, 105.0, 200 << 20)
         add(peers.LINEAR, STEP, case, peers.PRODUCTS, 100.0)
@@ -216,6 +285,7 @@ def test_every_target_reached_or_not():
         ({"naive": 239.0}, "naive torch"),
         ({"compiled": 59.0}, "torch.compile"),
         ({"one_thread": 33.0}, "all threads over one"),
+        ({"varying": 1.1}, "calls of varying shapes"),
     ):
         found = verdicts(synthetic(**({"naive": 420.0} | change)))
         missed = [key for key, verdict in found.items() if verdict == targets.MISSED]

@@ -113,7 +113,7 @@ def test_equal_models_give_rewards_of_0(isa, V, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("V", (33, 1000, 32769))
+@pytest.mark.parametrize("V", [33, 1000, 32769])
 def test_equal_heads_give_rewards_of_0(isa, V, dtype):
     """From hidden states: in one tile and in several, with ignored rows dropped and not."""
     g = torch.Generator().manual_seed(0)

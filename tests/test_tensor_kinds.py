@@ -25,7 +25,13 @@ import dpo_fast
 
 NAMED_ERRORS = (TypeError, ValueError, IndexError, NotImplementedError)
 
+# torch's names of collectives change
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+
 HAS_GLOO = dist.is_available() and dist.is_gloo_available()
+
+
+UNWAITED: list[Any] = []  # results of collectives that a refused call has not waited for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +40,8 @@ def one_process_group():
     if HAS_GLOO and not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         yield
+        while UNWAITED:
+            UNWAITED.pop().wait()
         dist.destroy_process_group()
     else:
         yield
@@ -87,12 +95,13 @@ class PlainSubclass(Tensor):
 def asynchronous(x: Tensor) -> Tensor:
     import torch.distributed._functional_collectives as funcol
 
-    group = dist.group.WORLD
-    if x.dim() and x.dtype is not torch.bool:
-        return funcol.all_gather_tensor(x.contiguous(), 0, group)
-    if x.dtype is torch.bool:  # gloo sums none
+    if x.dtype is torch.bool:  # gloo has no collectives of these
         return funcol.AsyncCollectiveTensor(x.clone())
-    return funcol.all_reduce(x, "sum", group)
+    group = dist.group.WORLD
+    found = funcol.all_gather_tensor(x.contiguous(), 0, group) if x.dim() else funcol.all_reduce(x, "sum", group)
+    assert isinstance(found, funcol.AsyncCollectiveTensor)
+    UNWAITED.append(found)
+    return found
 
 
 def dtensor(x: Tensor, placement: Any) -> Tensor:
@@ -309,6 +318,32 @@ def test_no_memory_is_not_absence():
     with contextlib.suppress(*NAMED_ERRORS):
         found = call.run({"ref_logps": Wrapper(call.tensors["ref_logps"])})[0][0]
         torch.testing.assert_close(plain(found), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("list", "array")])
+@pytest.mark.parametrize(
+    "name", ["token_logps", "sequence_logps", "dpo_loss_packed", "linear_token_logps", "linear_dpo_loss_ref"]
+)
+def test_incoming_gradients(name, kind):
+    """Autograd may hand over any kind of gradient: the same numbers or any exception."""
+    of_kind = KINDS[kind]
+    if kind in NEED_A_GROUP and not HAS_GLOO:
+        pytest.skip("torch without gloo")
+    call, found = CALLS[name], []
+    for make in (lambda x: x, of_kind.make):
+        tensors = {k: v.clone().requires_grad_(k in call.differentiable) for k, v in call.tensors.items()}
+        lora = {"lora": (tensors.pop("lora_a"), tensors.pop("lora_b"), 0.5)} if "lora_a" in tensors else {}
+        out = getattr(dpo_fast, call.function)(**tensors, **lora, **call.options)
+        logps = out if isinstance(out, Tensor) and not isinstance(out, tuple) else out.logps
+        incoming = torch.linspace(-1, 1, logps.numel()).view(logps.shape)
+        if not of_kind.suits(incoming):
+            return
+        try:
+            found.append([torch.autograd.grad(logps, tensors[call.differentiable[0]], make(incoming))[0]])
+        except Exception:
+            assert make is of_kind.make
+            return
+    same(found[1], found[0])
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------

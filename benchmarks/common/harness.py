@@ -10,13 +10,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from benchmarks.common import peers
+from benchmarks.common import peers, shapes
 from benchmarks.common.formulas import Figure, copy_bytes, logits_bytes, products_flops, read_bytes
 from benchmarks.common.memory import memory_of_candidates
 from benchmarks.common.peers import AbsentError, first_line
@@ -29,6 +29,7 @@ from dpo_fast.bench import (
     no_garbage_collection,
     relative_difference,
     time_once,
+    torch_threads,
 )
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 41
@@ -127,6 +128,56 @@ def compare(
     benchmark.extra_info["median_ms"] = {n: 1e3 * r.median_s for n, r in records.items() if r.median_s is not None}
 
 
+def compare_varying(
+    benchmark: Any, recorder: Recorder, case: Case, work: str, names: Sequence[str], *, passes: int = 3
+) -> None:
+    """Checks and times the candidates on one thread, each of shapes.varying_lengths once a pass, after other lengths.
+
+    A sample is one call of one length, so that a ratio's median is over the lengths.
+    """
+    lengths, warm_up = (each[:: 20 if recorder.quick else 1] for each in shapes.varying_lengths(case))
+    records = {name: _record(peers.VARYING, case, work, name) for name in names}
+    recorder.records += records.values()
+    longest = peers.make_level_inputs(peers.VARYING, replace(case, length=max(warm_up)))
+
+    def calls_of(length: int) -> dict[str, Callable[[], Any]]:
+        """Calls on the front of the longest one's memory."""
+        cut = replace(case, length=length)
+        x = longest.x.view(-1)[: cut.rows * cut.V].view(cut.n_seqs, length, cut.V)
+        inputs = longest._replace(case=cut, x=x, targets=longest.targets[:, :length].contiguous())
+        calls = {name: peers.build(peers.VARYING, name, inputs, work) for name in names}
+        return {name: partial(call, x) for name, call in calls.items()}
+
+    order, clock = random.Random(1), Clock(case.device, wall=True)
+    with torch_threads(1), no_garbage_collection():
+        for length in warm_up:
+            found = {name: call() for name, call in calls_of(length).items()}
+        for name, record in records.items():
+            reference = found[peers.NAIVE + peers.WEIGHTED * name.endswith(peers.WEIGHTED)]
+            record.difference = _difference(found[name], reference)
+            if not record.difference <= TOLERANCE[case.dtype]:
+                raise AssertionError(f"{name} differs from {peers.NAIVE} by {record.difference:.1e}")
+        del found
+        calls = {length: calls_of(length) for length in lengths}
+        turns = [length for _ in range(passes) for length in order.sample(lengths, len(lengths))]
+        turn = iter(turns)
+        current: dict[str, Callable[[], Any]] = {}
+
+        def others() -> None:  # untimed by pytest-benchmark: all but the first candidate
+            current.update(calls[next(turn)])
+            for name in order.sample(names[1:], len(names) - 1):
+                records[name].samples.append(clock.time(current[name]))
+
+        def first() -> None:
+            records[names[0]].samples.append(clock.time(current[names[0]]))
+
+        benchmark.group = f"{peers.VARYING}, {work}"
+        benchmark.pedantic(first, setup=others, rounds=len(turns))
+    for record in records.values():
+        record.median_s = statistics.median(record.samples)
+    benchmark.extra_info["median_ms"] = {name: 1e3 * (r.median_s or 0.0) for name, r in records.items()}
+
+
 @lru_cache(maxsize=1)
 def _inputs_of(level: str, case: Case) -> peers.LevelInputs:
     """Both works of a case follow each other and share its inputs, of which they only ever get copies."""
@@ -145,7 +196,7 @@ def _record(level: str, case: Case, work: str, name: str) -> Record:
         figure = copy_bytes(case)
     elif level == peers.LINEAR:
         record.flops, record.flops_formula = products_flops(case)
-    elif level != peers.PREFERENCE:
+    elif level not in (peers.PREFERENCE, peers.VARYING):
         figure = logits_bytes(counted, work)
     if figure is not None:
         record.bytes, record.bytes_formula = figure

@@ -31,11 +31,12 @@ from dpo_fast.bench import (
     preference_of,
 )
 
-TOKENS, SEQUENCES, DPO, THREADS, PREFERENCE, LINEAR = (
+TOKENS, SEQUENCES, DPO, THREADS, VARYING, PREFERENCE, LINEAR = (
     "token_logps",
     "sequence_logps",
     "dpo_loss",
     "dpo_loss by threads",
+    "dpo_loss on varying shapes",
     "preference_loss",
     "linear_dpo_loss",
 )
@@ -47,6 +48,7 @@ EXTRAS = "dpo_fast, all statistics"
 FUNCTIONS = (FAST, INPLACE, PACKED, EXTRAS)
 ROW_KERNELS = "row kernels alone"
 HALF = ", half ignored"
+WEIGHTED = ", pairs and weights"
 ONE_THREAD = ", 1 thread"
 
 NAIVE = "naive torch"
@@ -82,6 +84,8 @@ class LevelInputs(NamedTuple):
     half_targets: Tensor  # [S, T], half of them ignored
     ref_logps: Tensor | None  # [S]
     weight: Tensor | None = None  # [V, H]
+    pairs: Tensor | None = None  # [P, 2]
+    token_weights: Tensor | None = None  # [S, T]
 
 
 def make_level_inputs(level: str, case: Case) -> LevelInputs:
@@ -106,6 +110,13 @@ def make_level_inputs(level: str, case: Case) -> LevelInputs:
     return LevelInputs(case, hidden.to(dtype), targets, half, None, weight.to(dtype))
 
 
+def weighted(inputs: LevelInputs) -> LevelInputs:
+    """With explicit pairs, the second half of the sequences chosen, and a weight for each token."""
+    numbers = torch.arange(inputs.case.n_seqs, device=inputs.case.device).view(2, -1)
+    weights = torch.rand(inputs.targets.shape, generator=torch.Generator().manual_seed(4)) + 0.5
+    return inputs._replace(pairs=numbers.flip(0).t().contiguous(), token_weights=weights.to(inputs.case.device))
+
+
 def build(level: str, name: str, inputs: LevelInputs, work: str) -> Call:
     """The call that a name stands for.
 
@@ -113,6 +124,8 @@ def build(level: str, name: str, inputs: LevelInputs, work: str) -> Call:
         AbsentError: it cannot run here.
     """
     name = name.removesuffix(ONE_THREAD)
+    if name.endswith(WEIGHTED):
+        name, inputs = name.removesuffix(WEIGHTED), weighted(inputs)
     if name.endswith(HALF):
         name, inputs = name.removesuffix(HALF), inputs._replace(targets=inputs.half_targets)
     if name == READ:
@@ -139,7 +152,7 @@ def build(level: str, name: str, inputs: LevelInputs, work: str) -> Call:
 
 
 def _loss_of(level: str, name: str, inputs: LevelInputs) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-    case, _, targets, _, ref_logps, _ = inputs
+    case, targets, ref_logps, weights = inputs.case, inputs.targets, inputs.ref_logps, inputs.token_weights
     grad_output = None
     if level in (TOKENS, SEQUENCES):
         shape = targets.shape if level == TOKENS else targets.shape[:1]
@@ -154,9 +167,13 @@ def _loss_of(level: str, name: str, inputs: LevelInputs) -> tuple[Callable[[Tens
         if level == PREFERENCE:
             return preference_of(x, ref_logps)
         logps = token_logps(x, targets)
+        if weights is not None:
+            logps = logps * weights
         if level == TOKENS:
             return logps
-        return logps.sum(-1) if level == SEQUENCES else preference_of(logps.sum(-1), ref_logps)
+        if level == SEQUENCES:
+            return logps.sum(-1)
+        return _preference_of(logps.sum(-1), ref_logps, inputs.pairs)
 
     if name == COMPILE:
         whole = compiled(lambda x: loss(x, naive_token_logps))
@@ -169,8 +186,16 @@ def _loss_of(level: str, name: str, inputs: LevelInputs) -> tuple[Callable[[Tens
     return lambda x: loss(x, token_logps), grad_output
 
 
+def _preference_of(logps: Tensor, ref_logps: Tensor | None, pairs: Tensor | None) -> Tensor:
+    """The DPO loss of log-probs [S], of the pairs given or of the two halves."""
+    if pairs is None or ref_logps is None:
+        return preference_of(logps, ref_logps)
+    ratios = logps - ref_logps
+    return -F.logsigmoid(BETA * (ratios[pairs[:, 0]] - ratios[pairs[:, 1]])).mean()
+
+
 def _dpo_fast_loss(level: str, name: str, inputs: LevelInputs) -> Callable[[Tensor], Tensor]:
-    case, _, targets, _, ref_logps, _ = inputs
+    case, targets, ref_logps = inputs.case, inputs.targets, inputs.ref_logps
     inplace = name in (INPLACE, PACKED)
     if level == PREFERENCE:
         return lambda x: dpo_fast.preference_loss(x, ref_logps, beta=BETA).loss
@@ -186,7 +211,12 @@ def _dpo_fast_loss(level: str, name: str, inputs: LevelInputs) -> Callable[[Tens
         )
     if level == SEQUENCES:
         return lambda x: dpo_fast.sequence_logps(x, targets, inplace_backward=inplace)
-    return lambda x: dpo_fast.dpo_loss(x, targets, ref_logps, beta=BETA, inplace_backward=inplace).loss
+    pairs, weights = inputs.pairs, inputs.token_weights
+    return lambda x: (
+        dpo_fast.dpo_loss(
+            x, targets, ref_logps, beta=BETA, pairs=pairs, token_weights=weights, inplace_backward=inplace
+        ).loss
+    )
 
 
 def _row_kernels(inputs: LevelInputs, work: str) -> Call:

@@ -14,6 +14,7 @@ from dpo_fast.bench import Case
 TITLES = {
     peers.DPO: "`dpo_loss`, from logits",
     peers.THREADS: "`dpo_loss` with all threads and with one",
+    peers.VARYING: "`dpo_loss` on a batch of another length every time, one thread",
     peers.SEQUENCES: "`sequence_logps`, from logits",
     peers.TOKENS: "`token_logps`, from logits",
     peers.LINEAR: "`linear_dpo_loss`, from hidden states and the LM head",

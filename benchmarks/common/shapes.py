@@ -64,6 +64,16 @@ def small_cases(device: str) -> list[Case]:
     ]
 
 
+def varying_cases(device: str) -> list[Case]:
+    """One pair, padded to another length in every call: 2 to a case's. The shorter, the more a call itself counts."""
+    return [Case("varying", "float32", 2, length, vocab=1000) for length in (400, 200)] if device == "cpu" else []
+
+
+def varying_lengths(case: Case) -> tuple[list[int], list[int]]:
+    """The lengths that are timed (399 and 199), and others, which are called before."""
+    return list(range(2, case.length + 1)), list(range(case.length + 1, case.length + 81))
+
+
 def linear_cases(device: str) -> list[Case]:
     """Hidden states under a model's head; half of the tokens ignored is what the target is about."""
     if device == "cpu":

@@ -19,6 +19,7 @@ CPU_COMPILE = 3.0
 CPU_WHOLE = 1.05
 CPU_HALF = 0.55
 CPU_SCALING = 1.7
+CPU_VARYING = 1.0
 INPLACE_MEMORY, ALLOCATED_MEMORY = 0.01, 1.01
 CPU_PRODUCTS, CUDA_PRODUCTS = 1.10, 1.15
 CUDA_READ_SHARE, CUDA_COPY_SHARE = 0.90, 0.85
@@ -152,6 +153,7 @@ def cpu_targets(book: Book) -> list[Target]:
     for dtype, cases in by_type.items():
         found += [_cpu_scaling(book, dtype, cases, work) for work in (FORWARD, STEP)]
     found += [_small_calls(book, work) for work in (FORWARD, STEP)]
+    found += [_varying(book, work, more) for work in (FORWARD, STEP) for more in ("", peers.WEIGHTED)]
     return [*found, *_cpu_linear(book)]
 
 
@@ -234,6 +236,15 @@ def _small_calls(book: Book, work: str) -> Target:
     ratios = [book.ratio(peers.DPO, work, case, peers.NAIVE, peers.FAST) for case in cases]
     beside = book.times(peers.DPO, work, cases, (peers.FAST, peers.NAIVE, peers.COMPILE, peers.TRL))
     return line(f"small calls, {work}", "≥ 1x naive torch", cases, ratios, at_least(1), times, beside)
+
+
+def _varying(book: Book, work: str, more: str) -> Target:
+    cases = shapes.varying_cases("cpu")
+    names = (peers.FAST + more, peers.NAIVE + more)
+    ratios = [book.ratio(peers.VARYING, work, case, *names) for case in cases]
+    what, text = f"calls of varying shapes, {work}{more}", f"≤ {CPU_VARYING:g}x naive torch"
+    beside = book.times(peers.VARYING, work, cases, names)
+    return line(what, text, cases, ratios, at_most(CPU_VARYING), times, beside)
 
 
 def _cpu_linear(book: Book) -> list[Target]:
