@@ -198,7 +198,7 @@ def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) 
         raise TypeError(f"{function} got an unexpected keyword argument {names}; options: {', '.join(known)}")
 
 
-def split_logit_keywords(options: dict[str, Any]) -> LogitOptions:
+def split_logit_keywords(options: Any) -> LogitOptions:
     """Takes the options of LogitKeywords out of a function's keywords, checked."""
     if not options:
         return _DEFAULT_LOGIT_OPTIONS
@@ -209,7 +209,7 @@ _LOGIT_KEYWORDS = tuple(LogitKeywords.__annotations__)
 _DEFAULT_LOGIT_OPTIONS = LogitOptions()
 
 
-def only_logit_keywords(function: str, options: dict[str, Any]) -> LogitOptions:
+def only_logit_keywords(function: str, options: Any) -> LogitOptions:
     """The options of a function that has no others."""
     found = split_logit_keywords(options)
     refuse_unknown(function, options, _LOGIT_KEYWORDS)

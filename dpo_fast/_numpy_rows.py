@@ -28,7 +28,7 @@ LOGIT_TYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 Array = NDArray[Any]
 
 
-def address(array: Array | None) -> int | None:
+def address(array: Array | None) -> Any:
     """Where an array's numbers are; None where it is not given."""
     return None if array is None else int(array.__array_interface__["data"][0])
 
@@ -50,6 +50,8 @@ def integers(name: str, values: ArrayLike) -> Array:
 
 def floats(name: str, values: ArrayLike, dtype: Any) -> Array:
     """Real numbers of a type, contiguous."""
+    if getattr(values, "requires_grad", False):
+        raise TypeError(f"{name} must be an array, found a tensor that requires a gradient")
     array = np.asarray(values)
     if array.dtype.kind in "cSUOMm" or array.dtype.names:
         raise TypeError(f"{name} must be real numbers, found {array.dtype}")
@@ -124,8 +126,8 @@ class Rows:
             strides[-1],
             self.targets.shape[-1] if self.targets.ndim == self.logits.ndim else 1,
             *self.options,
-            address(self.logits),  # type: ignore[arg-type]
-            address(self.targets),  # type: ignore[arg-type]
+            address(self.logits),
+            address(self.targets),
             address(self.row_mask),
             address(self.weights),
             True,
@@ -180,9 +182,9 @@ class Rows:
             seqs,
             pairs,
             get_num_threads(),
-            KernelSaved(address(saved[0]), address(saved[1]), address(saved_entropy), address(pair_grads)),  # type: ignore[arg-type]
+            KernelSaved(address(saved[0]), address(saved[1]), address(saved_entropy), address(pair_grads)),
             KernelGrads(*[address(grads.get(name)) for name in KernelGrads._fields]),
-            KernelOut(address(grad), strides[0] if grad.ndim == 3 else 0, strides[-2], strides[-1]),  # type: ignore[arg-type]
+            KernelOut(address(grad), strides[0] if grad.ndim == 3 else 0, strides[-2], strides[-1]),
         )
         return grad
 
@@ -262,7 +264,7 @@ class PairLosses:
     def losses_kernel(self) -> KernelLosses:
         """Where the losses go."""
         arrays = (self.loss, self.losses, self.chosen_rewards, self.rejected_rewards, self.pair_grads)
-        return KernelLosses(*map(address, arrays))  # type: ignore[arg-type]
+        return KernelLosses(*map(address, arrays))
 
     def explicit(self) -> Array:
         """[P, 2], also where the first half is chosen."""
@@ -317,7 +319,8 @@ class PairLosses:
         loss = self.losses if self.reduction == "none" else self.loss[()]
         rewards = (self.chosen_rewards, self.rejected_rewards)
         arrays: Any = (loss, self.losses, *rewards, logps, self.pairs, self.chosen_loss.unpaired, None, None)
-        return DPOOutput(*arrays, self.numbers.pair_weights)
+        found: Any = (*arrays, self.numbers.pair_weights)
+        return DPOOutput(*found)
 
 
 def _pair_number(name: str, values: ArrayLike | None, n_pairs: int) -> Array | None:

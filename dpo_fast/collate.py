@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_fast._checks import integer
+from dpo_fast._torch.checks import check_device, plain_tensors
+
 Example = Mapping[str, Any]
 
 
@@ -32,7 +35,11 @@ def completion_targets(input_ids: Tensor, completion_mask: Tensor, ignore_index:
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: arguments that are no plain tensors.
     """
+    input_ids, completion_mask = plain_tensors(("input_ids", "completion_mask"), (input_ids, completion_mask))
+    ignore_index = integer("ignore_index", ignore_index)
+    check_device("completion_mask", completion_mask, input_ids, "input_ids")
     if input_ids.dim() != 2 or input_ids.shape != completion_mask.shape:
         raise ValueError(
             f"input_ids and completion_mask must have one shape [S, T], found {tuple(input_ids.shape)} and "

@@ -104,12 +104,19 @@ def gather(name: str, tensor: Any) -> Any:
 _PARAMETERS = ("weight", "bias", "lora A", "lora B")
 
 
+def _parameters(weight: Tensor, bias: Tensor | None, lora: Lora | None) -> tuple[Any, ...]:
+    """The head's parameters as they are given, for DeepSpeed to gather."""
+    if lora is None:
+        return weight, bias
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise TypeError(f"lora must be (A, B, scaling), found {type(lora).__name__}")
+    return weight, bias, *lora[:2]
+
+
 def _prepare(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """The inputs as the operators take them: gathered where sharded, in autocast's type where that is on."""
-    if lora is not None and not (isinstance(lora, (tuple, list)) and len(lora) == 3):
-        raise TypeError(f"lora must be (A, B, scaling), found {lora!r}")
     lora_a, lora_b, scaling = lora if lora is not None else (None, None, 1.0)
     if weight is None:
         raise TypeError("weight must be a tensor, found None")
@@ -175,7 +182,7 @@ def _tokens(
 ) -> dict[str, Tensor]:
     """Token log-probs and the statistics wanted, by name; rows of weight 0 do not count."""
     budget, compact = default_budget(hidden.device, memory_budget), truth("compact", compact)
-    with gathered(weight, bias, *(lora or ())):
+    with gathered(*_parameters(weight, bias, lora)):
         *tensors, scaling = _prepare(hidden, weight, bias, lora)
         keep = wants_gradient(*tensors)
         head = Head(None, None, None, None, scaling)  # type: ignore[arg-type]
@@ -241,6 +248,22 @@ def _sums(
     factors = token_factors(kept, rows.token_weights, seqs.cu_seqlens, seqs.average, accurate)
     # in the order of the loss's own sums: equal models give rewards of exactly 0, also in float64
     return tokens, sum_in_order(tokens["logps"].to(accurate) * factors, seqs.cu_seqlens)
+
+
+def _reference(
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    rows: Rows,
+    seqs: Sequences,
+    memory_budget: int | None,
+    compact: bool,
+) -> Tensor:
+    """The reference's log-probs [S], unrounded as the policy's own sums are: equal models give rewards of exactly 0."""
+    try:
+        return _sums(ref_hidden, ref_weight, ref_bias, None, rows, seqs, 0, memory_budget, compact)[1]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"of the reference (ref_hidden, ref_weight, ref_bias): {error}") from error
 
 
 def _level_by_level(
@@ -335,7 +358,7 @@ def linear_dpo_loss(
     hidden, targets, ref_logps, ref_hidden, pairs, pair_weights, desirable, cu_seqlens, token_weights = plain_tensors(
         _TENSORS, (hidden, targets, ref_logps, ref_hidden, pairs, pair_weights, desirable, cu_seqlens, token_weights)
     )
-    logit_options, keywords = split_logit_keywords(options), dict(**options)  # type: ignore[arg-type]
+    logit_options, keywords = split_logit_keywords(options), dict(**options)
     wpo, compact, wanted = truth("wpo", wpo), truth("compact", compact), loss_statistics(outputs)
     choice = choose(
         keywords, hidden, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,
@@ -357,9 +380,9 @@ def linear_dpo_loss(
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_hidden exclude each other: give one of them")
         with torch.no_grad():
-            # unrounded, as the policy's own sums are: equal models give rewards of exactly 0
-            reference = weight if ref_weight is None else ref_weight
-            _, ref_logps = _sums(ref_hidden, reference, ref_bias, None, rows, seqs, 0, memory_budget, compact)
+            ref_logps = _reference(
+                ref_hidden, weight if ref_weight is None else ref_weight, ref_bias, rows, seqs, memory_budget, compact
+            )
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
     z_loss = loss.z_loss_weight > 0
@@ -370,7 +393,7 @@ def linear_dpo_loss(
         )
         return reduced(out, choice, ref_logps)
     budget = default_budget(hidden.device, memory_budget)
-    with gathered(weight, bias, *(lora or ())):
+    with gathered(*_parameters(weight, bias, lora)):
         *tensors, scaling = _prepare(hidden, weight, bias, lora)
         grad = torch.is_grad_enabled()
         need = Needs(*[grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])

@@ -10,7 +10,7 @@ _loss/coupled.py, the checks of their options in _loss/options.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -85,8 +85,8 @@ def dpo_loss(
         label_smoothing: in [0, 0.5]; probability that a pair's labels are swapped, for the losses that know it.
         pairs: [P, 2] integers, numbers of the chosen and rejected sequences; by default the first half of the
             sequences is chosen and the second half rejected. A sequence may be in several pairs, or in none.
-        pair_weights: [P], multiplies the losses. No gradient. A pair of weight 0 counts as none: loss and rewards are 0,
-            and its sequences are read for logps alone.
+        pair_weights: [P], multiplies the losses. No gradient. A pair of weight 0 counts as none: loss and rewards are
+            0, and its sequences are read for logps alone.
         desirable: [S] truth values, for "kto" and "bco", whose losses are one per sequence (P = S); by default the
             first half is desirable.
         baseline: a number or 0-d tensor without gradient; "kto": the estimate of the KL divergence; "bco": the running
@@ -117,7 +117,7 @@ def dpo_loss(
     logits, targets, ref_logps, ref_logits, pairs, pair_weights, desirable, cu_seqlens, token_weights = plain_tensors(
         _TENSORS, (logits, targets, ref_logps, ref_logits, pairs, pair_weights, desirable, cu_seqlens, token_weights)
     )
-    logit_options, keywords = split_logit_keywords(options), dict(**options)  # type: ignore[arg-type]
+    logit_options, keywords = split_logit_keywords(options), dict(**options)
     wpo, inplace, wanted = truth("wpo", wpo), truth("inplace_backward", inplace_backward), loss_statistics(outputs)
     choice = choose(
         keywords, logits, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,
@@ -199,7 +199,7 @@ def preference_loss(
         names, (logps, ref_logps, pairs, pair_weights, desirable, lengths)
     )
     choice = choose(
-        dict(**options), logps, beta, pair_weights, baseline, reduction, None, ref_logps, loss_type=loss_type,  # type: ignore[arg-type]
+        dict(**options), logps, beta, pair_weights, baseline, reduction, None, ref_logps, loss_type=loss_type,
         label_smoothing=label_smoothing, average=average,
     )  # fmt: skip
     loss = choice.loss

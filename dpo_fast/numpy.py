@@ -21,6 +21,7 @@ from dpo_fast._checks import (
     LogitKeywords,
     LogitOptions,
     check_shape,
+    integer,
     number,
     only_logit_keywords,
     split_logit_keywords,
@@ -79,6 +80,7 @@ def token_logps(
         inplace_backward: write that gradient over the logits.
     """
     wanted_statistics(outputs)
+    inplace = truth("inplace_backward", inplace_backward)
     rows = Rows(logits, targets, only_logit_keywords("token_logps", options))
     shape = rows.logits.shape[:-1]
     check_shape("targets", rows.targets.shape, shape, f"to fit logits of shape {rows.logits.shape}")
@@ -95,8 +97,7 @@ def token_logps(
     if all(grad is None for grad in grads.values()):
         return out
     entropy = made.get("entropy") if grad_entropy is not None else None
-    inplace = truth("inplace_backward", inplace_backward)
-    incoming = {"token_logps": grads["logps"], "entropy": grads["entropy"], "lse": grads["lse"]}
+    incoming: dict[str, Any] = {"token_logps": grads["logps"], "entropy": grads["entropy"], "lse": grads["lse"]}
     return out, rows.backward(inplace, saved, saved_entropy=entropy, **incoming)
 
 
@@ -170,6 +171,7 @@ def sequence_logps(
     With grad_logps [S] the result is (log-probs, gradient of sum(grad_logps * log-probs) with respect to logits);
     inplace_backward writes it over the logits.
     """
+    inplace = truth("inplace_backward", inplace_backward)
     rows = Rows(logits, targets, only_logit_keywords("sequence_logps", options), token_weights=token_weights)
     bounds = Bounds(rows, cu_seqlens, truth("average", average))
     out, saved = _sequence_forward(rows, bounds)
@@ -177,7 +179,7 @@ def sequence_logps(
         return out
     grad = floats("grad_logps", grad_logps, rows.wide)
     check_shape("grad_logps", grad.shape, (bounds.n_seqs,), "with one number per sequence")
-    return out, rows.backward(truth("inplace_backward", inplace_backward), saved, seqs=bounds.kernel, seq_logps=grad)
+    return out, rows.backward(inplace, saved, seqs=bounds.kernel, seq_logps=grad)
 
 
 def ld_dpo_weights(
@@ -189,7 +191,7 @@ def ld_dpo_weights(
     ignore_index: int = -100,
 ) -> Array:
     """As `dpo_fast.ld_dpo_weights`, for arrays."""
-    ld_alpha = number("ld_alpha", ld_alpha)
+    ld_alpha, ignore_index = number("ld_alpha", ld_alpha), integer("ignore_index", ignore_index)
     kept = integers("targets", targets) != ignore_index
     rows = kept.reshape(-1)
     if cu_seqlens is None:
@@ -279,7 +281,7 @@ def dpo_loss(
     the losses' sum; inplace_backward writes it over the logits. A function as loss_type then has to return (losses,
     derivatives by the chosen log-probs, derivatives by the rejected), [P] each.
     """
-    logit_options, keywords = split_logit_keywords(options), dict(**options)  # type: ignore[arg-type]
+    logit_options, keywords = split_logit_keywords(options), dict(**options)
     wpo, with_grad, inplace = (
         truth("wpo", wpo),
         truth("with_grad", with_grad),
@@ -372,7 +374,7 @@ def preference_loss(
     if given.ndim != 1:
         raise ValueError(f"logps must have shape [S], found {given.shape}")
     loss, numbers = _choose(
-        dict(**options), beta, pair_weights, reference=ref_logps, baseline=baseline, token_weights=None,  # type: ignore[arg-type]
+        dict(**options), beta, pair_weights, reference=ref_logps, baseline=baseline, token_weights=None,
         loss_type=loss_type, label_smoothing=label_smoothing, average=average, reduction=reduction,
     )  # fmt: skip
     loss.check_lengths(lengths is not None)

@@ -13,8 +13,8 @@ class TokenOutput(NamedTuple):
 
     logps: log p of the target. entropy: -sum_v p_v log p_v, in nats. mean_logits: mean over the vocabulary of the
     (scaled, capped) logits. is_top1: whether the target is the largest logit, ties going to the first index.
-    log_sum_sq_probs: log sum_v p_v^2. lse: log sum_v exp z_v of the (scaled, capped) logits z. logps, entropy and lse are
-    differentiable.
+    log_sum_sq_probs: log sum_v p_v^2. lse: log sum_v exp z_v of the (scaled, capped) logits z. logps, entropy and lse
+    are differentiable.
     """
 
     logps: Any = None
@@ -30,10 +30,11 @@ class DPOOutput(NamedTuple):
 
     loss: by reduction, [] or [P]. losses: [P], one per pair (per sequence for losses of single completions).
     chosen_rewards, rejected_rewards: [P], beta times the log-ratio of policy and reference, without gradient; NaN for a
-    side that is not there, 0 for a pair of weight 0. logps: [S], the sequences' log-probs. loss, losses and logps are differentiable. pairs:
-    [P, 2] in use, None for the default (first half chosen, second half rejected), -1 for a side that is not there
-    (`unpaired`: there are such). tokens: the statistics of tokens that were asked for; token_sums: their sums over the
-    tokens of each sequence that count, and the number of these as "lengths", [S] each. pair_weights: [P] as given.
+    side that is not there, 0 for a pair of weight 0. logps: [S], the sequences' log-probs. loss, losses and logps are
+    differentiable. pairs: [P, 2] in use, None for the default (first half chosen, second half rejected), -1 for a side
+    that is not there (`unpaired`: there are such). tokens: the statistics of tokens that were asked for; token_sums:
+    their sums over the tokens of each sequence that count, and the number of these as "lengths", [S] each.
+    pair_weights: [P] as given.
     """
 
     loss: Tensor
@@ -72,7 +73,7 @@ class DPOOutput(NamedTuple):
         return live if there is None else there & live
 
     def _live_tokens(self, values: Any) -> Any:
-        """[S] tensor -> 0 for sequences that are in no pair of a weight other than 0; NumPy's losses have no tokens."""
+        """[S] tensor -> 0 for sequences in no pair of a weight other than 0; NumPy's losses have no tokens."""
         if self.pairs is None and self.pair_weights is None:
             return values
         from dpo_fast._torch.sequences import live_sequences

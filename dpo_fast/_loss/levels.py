@@ -73,7 +73,7 @@ def choose(
         beta_of_pairs, beta = plain_tensor("beta", beta), 1.0
         if beta_of_pairs.is_complex() or beta_of_pairs.dtype is torch.bool:
             raise TypeError(f"beta must be real numbers, found {beta_of_pairs.dtype}")
-        check_device("beta", beta_of_pairs, like, "the logits or log-probs")
+        check_device("beta", beta_of_pairs, like, "logits, hidden or logps")
         if looks_at_values(beta_of_pairs) and not bool(((beta_of_pairs >= 0) & beta_of_pairs.isfinite()).all()):
             raise ValueError("beta must be at least 0 and finite for every pair")
     numbers = split_pair_numbers(options, pair_weights, beta_of_pairs)

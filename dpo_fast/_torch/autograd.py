@@ -95,7 +95,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward pass may follow."""
     if torch.compiler.is_compiling():
         return True
-    return torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors])
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def run(function: Any, with_gradient: bool, *args: Any) -> Any:
@@ -133,7 +133,7 @@ class TokenLogps(torch.autograd.Function):
         if ctx is None:
             return logps, *statistics
         ctx.wanted, ctx.inplace_backward = a.wanted, inplace_backward
-        entropy = statistics[0] if a.wanted & STATISTIC_BITS["entropy"] else None
+        entropy: Any = statistics[0] if a.wanted & STATISTIC_BITS["entropy"] else None
         sequence = SequenceForward(a.rows, Sequences(None, False), False, True)
         _save(ctx, logits, sequence, None, Saved(logps, stats, entropy, None, None))
         ctx.mark_non_differentiable(*_not_differentiable(a.wanted, statistics))
@@ -177,7 +177,7 @@ class SequenceLogps(torch.autograd.Function):
 
 
 class DPOLoss(torch.autograd.Function):
-    """Loss, losses, sequence log-probs, rewards, and the token statistics wanted after the token log-probs, from logits."""
+    """Loss, losses, sequence log-probs, rewards, token log-probs and the statistics wanted, from logits."""
 
     @staticmethod
     def forward(
@@ -251,7 +251,7 @@ class LinearTokenLogps(torch.autograd.Function):
         (logps, stats, statistics), buffer = call(LINEAR_TOKEN_FORWARD, hidden, a)
         if ctx is None:
             return logps, *statistics
-        entropy = statistics[0] if a.wanted & STATISTIC_BITS["entropy"] else None
+        entropy: Any = statistics[0] if a.wanted & STATISTIC_BITS["entropy"] else None
         _save_head(ctx, hidden, a, Saved(logps, stats, entropy, None, None))
         ctx.buffer, ctx.wanted, ctx.compact = buffer if a.keep else None, a.wanted, a.compact
         ctx.mark_non_differentiable(*_not_differentiable(a.wanted, statistics))
@@ -307,7 +307,8 @@ class LinearDPOLoss(torch.autograd.Function):
             _save_head(ctx, hidden, a, Saved(logps, stats, None, pair_grads, None))
             # the z-loss is read off lse again where the gradients are not made in forward
             ctx.lse = statistics[-1] if a.wanted & STATISTIC_BITS["lse"] else None
-            ctx.a, ctx.n_seqs = a._replace(head=None, rows=None), seq_logps.shape[0]
+            ctx.n_seqs = seq_logps.shape[0]
+            ctx.a = a._replace(head=None, rows=None)  # type: ignore[arg-type]
             ctx.grads = list(grads) if any(a.need) else None
             ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *tokens)
         return loss, each, seq_logps, chosen_rewards, rejected_rewards, *tokens

@@ -35,10 +35,8 @@ def plain_tensors(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
     return [None if value is None else plain_tensor(name, value) for name, value in zip(names, values, strict=True)]
 
 
-def plain_tensor(name: str, value: Any) -> Tensor:
+def plain_tensor(name: str, value: Any) -> Any:
     """One argument as a plain tensor that autograd connects with it; see `plain_tensors`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
     if _is_dtensor(value):
         placements = tuple(value.placements)
         if not all(placement.is_replicate() for placement in placements):
@@ -47,10 +45,12 @@ def plain_tensor(name: str, value: Any) -> Tensor:
                 f"{name}.full_tensor(), or {name}.to_local() where this rank's part is meant"
             )
         return value.to_local()
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
     if torch.compiler.is_compiling():
         return value
     if type(value).__name__ == "AsyncCollectiveTensor":
-        return value.clone() if value.requires_grad else value.wait()
+        return value.clone() if value.requires_grad else value.wait()  # type: ignore[attr-defined]
     if value.__class__ not in PLAIN and not torch._C._len_torch_dispatch_stack():
         if type(value).__torch_dispatch__ is Tensor.__torch_dispatch__:  # a subclass in name only
             value = value.as_subclass(Tensor)
@@ -61,7 +61,7 @@ def plain_tensor(name: str, value: Any) -> Tensor:
     return value.resolve_neg() if value.is_neg() else value
 
 
-def _is_dtensor(value: Tensor) -> bool:
+def _is_dtensor(value: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # where it is not loaded there is none
     return module is not None and isinstance(value, module.DTensor)
 
@@ -120,7 +120,7 @@ def check_targets(targets: Tensor, like: Tensor, name: str) -> None:
     """Checks one target, or K of them, for each row of logits or hidden states."""
     check_integers("targets", targets)
     check_device("targets", targets, like, name)
-    lead = like.shape[:-1]
+    lead: Sequence[int] = like.shape[:-1]
     if targets.shape != lead and (targets.dim() != like.dim() or targets.shape[:-1] != lead):
         lead = (*lead, targets.shape[-1]) if targets.dim() == like.dim() else lead
         check_shape("targets", targets.shape, lead, f"to fit {name} of shape ", like.shape)
@@ -168,7 +168,9 @@ def check_pairs(like: Tensor, n_seqs: int, pairs: Pairs, ref_logps: Tensor | Non
 
 
 def check_saved(logits: Tensor, targets: Tensor, logps: Tensor, stats: Tensor) -> None:
-    """Checks what forward left of each row."""
+    """Checks what forward left of each row of logits or hidden states."""
+    check_device("logps", logps, logits, "the first argument")
+    check_device("stats", stats, logits, "the first argument")
     if logps.shape != targets.shape:
         check_shape("logps", logps.shape, targets.shape, "as targets have")
     if stats.shape[:-1] != logits.shape[:-1] or stats.shape[-1] != 2:
@@ -224,5 +226,7 @@ def check_head(hidden: Tensor, head: Head, rows: Rows) -> None:
         raise ValueError("lora needs both A and B")
     _checks.check_vocab(rows.options, vocab)
     check_targets(rows.targets, hidden, "hidden")
+    for name, tensor in (("row_mask", rows.row_mask), ("token_weights", rows.token_weights)):
+        check_numbers(name, tensor, hidden, rows.targets.shape, "as targets have", "hidden")
     if rows.targets.shape != hidden.shape[:-1]:
         check_shape("targets", rows.targets.shape, hidden.shape[:-1], "to fit hidden of shape ", hidden.shape)

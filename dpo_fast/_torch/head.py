@@ -1,8 +1,9 @@
 """The LM head on tiles of rows: logits from hidden states, and gradients from the logits' gradient.
 
-The products are torch's (`mm`, `addmm`); nothing here looks at a logit. Gradients of float16 tiles come multiplied by a
-power of 2 that keeps them in float16's range, and are in float32 until they are divided by it. Weight and bias gradients
-of several tiles are added up in float32 whatever the inputs: sums in bfloat16 over many tiles make training drift.
+The products are torch's (`mm`, `addmm`); nothing here looks at a logit. Gradients of float16 tiles come multiplied by
+a power of 2 that keeps them in float16's range, and are in float32 until they are divided by it. Weight and bias
+gradients of several tiles are added up in float32 whatever the inputs: sums in bfloat16 over many tiles make training
+drift.
 """
 
 from __future__ import annotations

@@ -174,11 +174,11 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
         _logits_gradient(z, _part(rows, part), logps, stats[part], entropy, Grads(*grads))
         # a row without a gradient takes no part in the products, whatever its numbers are
         sums.add(z, x[part].masked_fill(~moved[part].unsqueeze(-1), 0), part, 1.0 if scale is None else 1 / scale)
-    grads = sums.result(a.head)
-    return grads if grads.hidden is None else grads._replace(hidden=grads.hidden.view(hidden.shape))
+    found = sums.result(a.head)
+    return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
 
 
-def _logits_gradient(z: Tensor, rows: Rows, logps: Tensor, stats: Tensor, entropy: Tensor | None, grad: Grads) -> None:
+def _logits_gradient(z: Tensor, rows: Rows, logps: Any, stats: Tensor, entropy: Tensor | None, grad: Grads) -> None:
     """Writes a tile's gradient over its logits."""
     saved = Saved(logps, stats, entropy, None, None)
     call(ROWS_BACKWARD_INPLACE, z, RowsBackward(rows, _NO_SEQUENCES, None, 1.0, saved, grad))
@@ -284,12 +284,14 @@ class _Group:
             wpo = seq_weights[self.pairs[:, 0]] * seq_weights[self.pairs[:, 1]]
             numbers = numbers._replace(pair_weights=wpo if numbers.pair_weights is None else wpo * numbers.pair_weights)
         pairs = Pairs(self.pairs, numbers, self.options.baseline, loss, 1.0)
-        return call(PREFERENCE_FORWARD, sums, PreferenceForward(pairs, self.ref, self.lengths, round_sums, True))
+        a = PreferenceForward(pairs, self.ref, self.lengths, round_sums, True)
+        return call(PREFERENCE_FORWARD, sums, a)  # type: ignore[no-any-return]
 
     def gradient(self, sums: Tensor, pair_grads: Tensor) -> Tensor:
         """Of the sum of the losses by the sums of log-probs."""
         one = Grads(loss=torch.ones((), dtype=sums.dtype, device=sums.device))
-        return call(PREFERENCE_BACKWARD, sums, PreferenceBackward(self.pairs, 1.0, pair_grads, one))
+        a = PreferenceBackward(self.pairs, 1.0, pair_grads, one)
+        return call(PREFERENCE_BACKWARD, sums, a)  # type: ignore[no-any-return]
 
 
 @_without_autocast
@@ -344,9 +346,9 @@ def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
         if not any(a.need):
             continue
         g = pairs.gradient(values, found.pair_grads)
-        row_grads = torch.repeat_interleave(g / divisor, counts) * batch.factors[rows]
+        by_row = torch.repeat_interleave(g / divisor, counts) * batch.factors[rows]
         z_share = 2 * a.z_loss_weight / max(batch.n_tokens, 1) * n_pairs / divisor
-        row_grads = Grads(row_grads.to(tokens.logps.dtype), None, None if lse is None else lse * z_share)
+        row_grads = Grads(by_row.to(tokens.logps.dtype), None, None if lse is None else lse * z_share)
         _group_gradients(sums, x, tiles, buffer, a.rows, tokens, row_grads)
     total = out.losses.losses.double().sum() + squares * (a.z_loss_weight / max(batch.n_tokens, 1) * n_pairs)
     out.losses.loss.copy_(total / divisor)

@@ -194,7 +194,7 @@ class TokenResult(NamedTuple):
     """Of a token forward."""
 
     logps: Tensor
-    stats: Tensor | None
+    stats: Any  # Tensor; None where nothing is kept
     statistics: list[Tensor]  # those wanted, in order
 
 
@@ -203,7 +203,7 @@ class SequenceResult(NamedTuple):
 
     seq_logps: Tensor
     logps: Tensor
-    stats: Tensor | None
+    stats: Any  # Tensor; None where nothing is kept
     seq_saved: Tensor | None
 
 
@@ -214,7 +214,7 @@ class PreferenceResult(NamedTuple):
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
-    pair_grads: Tensor | None
+    pair_grads: Any  # Tensor; None where nothing is kept
 
 
 class DPOResult(NamedTuple):

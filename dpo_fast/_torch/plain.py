@@ -50,7 +50,7 @@ CHUNK_LOGITS = 1 << 24
 class _Targets(NamedTuple):
     """The targets of rows, and which rows count."""
 
-    index: Tensor  # [..., K]
+    places: Tensor  # [..., K]: columns
     kept: Tensor  # [...]
     bad: Tensor  # [..., K]: outside the vocabulary, of rows that count
 
@@ -101,7 +101,7 @@ def _statistic(name: str, x: Tensor, z: Tensor, logp: Tensor, total: Tensor, shi
     if name == "mean_logits":
         return z.mean(-1)
     if name == "is_top1":
-        return (torch.argmax(x, -1, keepdim=True) == y) & ~total.isnan()
+        return torch.logical_and(torch.argmax(x, -1, keepdim=True) == y, ~total.isnan())
     if name == "log_sum_sq_probs":
         return (p * p).sum(-1).log()
     return (shift + total.log()).squeeze(-1)  # lse
@@ -112,22 +112,22 @@ def _rows_forward(logits: Tensor, rows: Rows, out: TokenResult, wanted: int) -> 
     options, wide = rows.options, wide_type(logits.dtype)
     targets = bad_targets(logits, rows)
     zero = torch.zeros((), dtype=wide, device=logits.device)
-    logps = out.logps.view(targets.index.shape)
+    logps = out.logps.view(targets.places.shape)
     for part in _chunks(logits):
         x, kept = logits[part].to(wide)[..., : options.valid_vocab or None], targets.kept[part]
         z, _ = _transform(x, options)
         shift = z.amax(-1, keepdim=True)
         total = torch.exp(z - shift).sum(-1, keepdim=True)
         logp = (z - shift) - total.log()
-        y = targets.index[part].clamp(0, x.shape[-1] - 1)
+        y = targets.places[part].clamp(0, x.shape[-1] - 1)
         gathered = logp.gather(-1, y).masked_fill(targets.bad[part], float("nan"))
         logps[part] = torch.where(kept.unsqueeze(-1), gathered, zero)
         if out.stats is not None:
             out.stats[part] = torch.where(kept.unsqueeze(-1), torch.cat([shift, 1 / total], -1), zero)
         for each, values in zip(named_statistics(wanted), out.statistics, strict=True):
-            found = _statistic(each.name, x, z, logp, total, shift, targets.index[part])
+            found = _statistic(each.name, x, z, logp, total, shift, targets.places[part])
             if each.per_target:
-                values.view(targets.index.shape)[part] = kept.unsqueeze(-1) & found
+                values.view(targets.places.shape)[part] = kept.unsqueeze(-1) & found
             else:
                 values[part] = torch.where(kept, found, zero)
 
@@ -153,7 +153,7 @@ def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
     targets = bad_targets(logits, a.rows)
     vocab = options.valid_vocab or logits.shape[-1]
     zero = torch.zeros((), dtype=wide, device=logits.device)
-    g = torch.zeros(targets.index.shape, dtype=wide, device=logits.device)
+    g = torch.zeros(targets.places.shape, dtype=wide, device=logits.device)
     if a.grad.logps is not None:
         g = g + a.grad.logps.view(g.shape)
     if a.grad.seq_logps is not None or a.grad.loss is not None or a.grad.losses is not None:
@@ -168,7 +168,7 @@ def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
         p = torch.exp(d) * stat[..., 1:]
         each = g[part].masked_fill(targets.bad[part], float("nan"))
         dz = p * (g_lse - each.sum(-1, keepdim=True))
-        y = targets.index[part].clamp(0, vocab - 1)
+        y = targets.places[part].clamp(0, vocab - 1)
         # at a target 1 - p is formed by expm1: a confident token keeps its small gradient
         dz.scatter_add_(-1, y, each)
         if y.shape[-1] == 1:

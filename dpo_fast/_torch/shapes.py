@@ -1,4 +1,4 @@
-"""What each operator returns: its arguments checked, its results allocated. The operators' fakes are these functions."""
+"""For each operator: arguments checked, results allocated. These functions are the operators' fakes as well."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _seq_saved(like: Tensor, n_seqs: int, keep: bool) -> Tensor | None:
 def _losses(like: Tensor, wide: torch.dtype, n_pairs: int, keep: bool) -> PreferenceResult:
     pair_grads = _new(like, (n_pairs, 2), accurate_type(like.device)) if keep or like.is_cuda else None
     each = [_new(like, (n_pairs,), wide) for _ in range(3)]
-    return PreferenceResult(_new(like, (), wide), *each, pair_grads)
+    return PreferenceResult(_new(like, (), wide), each[0], each[1], each[2], pair_grads)
 
 
 def token_forward(logits: Tensor, a: TokenForward) -> TokenResult:
@@ -104,6 +104,8 @@ def check_rows_backward(logits: Tensor, a: RowsBackward) -> None:
             raise ValueError("grad_loss and grad_losses need pair_grads of the forward pass")
         checks.check_numbers("pair_grads", a.saved.pair_grads, logits, (n_pairs, 2), "with two derivatives per pair")
     checks.check_gradients(logits, targets, grad, n_seqs, n_pairs)
+    if a.saved.seq_saved is not None:
+        checks.check_device("seq_saved", a.saved.seq_saved, logits, "logits")
     if grad.entropy is not None:
         if a.saved.entropy is None:
             raise ValueError("grad_entropy needs the entropy of the forward pass")
@@ -151,8 +153,10 @@ def kept_logits(hidden: Tensor, a: LinearTokenForward) -> Tensor:
 def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradients:
     checks.check_head(hidden, a.head, a.rows)
     targets = a.rows.targets
-    if a.saved.logps.shape != targets.shape or a.saved.stats.shape != (*targets.shape, 2):
-        raise ValueError(f"what forward left must fit targets of shape {tuple(targets.shape)}")
+    checks.check_saved(hidden, targets, a.saved.logps, a.saved.stats)
+    checks.check_numbers("entropy", a.saved.entropy, hidden, targets.shape, "with one number per row", "hidden")
+    if a.buffer is not None:
+        checks.check_device("buffer", a.buffer, hidden, "hidden")
     checks.check_gradients(hidden, targets, a.grad, 0, 0)
     return head_gradients(hidden, a, hidden.dtype)
 
