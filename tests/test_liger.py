@@ -111,6 +111,41 @@ def test_bad_options_raise_as_in_liger():
         FusedLinearDPOLoss()(torch.ones(3, 2), torch.ones(2, 1, 2), torch.zeros(2, 1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("use_ref_model", [True, False])
+def test_sharded_heads(use_ref_model):
+    """Heads that are DTensors (FSDP2), on one process: the same numbers, and a gradient that is a DTensor."""
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch without gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    inputs = problem((3, 11, 16, 59), torch.float32, -100, True, True)
+    hidden, weight, targets, bias, ref_hidden, ref_weight, ref_bias = inputs
+    if not use_ref_model:
+        ref_hidden = ref_weight = ref_bias = None
+    module = FusedLinearDPOLoss(use_ref_model=use_ref_model, compute_nll_loss=True)
+    expected = run(module, (hidden, weight, targets, bias, ref_hidden, ref_weight, ref_bias))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = [
+            None if t is None else distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, bias, ref_weight, ref_bias)
+        ]
+        loss, aux, grads = run(module, (hidden, sharded[0], targets, sharded[1], ref_hidden, *sharded[2:]))
+        assert all(isinstance(grad, DTensor) for grad in grads[1:])
+        check((loss, aux, [grads[0], *(grad.full_tensor() for grad in grads[1:])]), expected, 1e-6, 1e-5)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_options_are_checked_on_any_default_device():
+    with torch.device("meta"):
+        FusedLinearDPOLoss(compute_nll_loss=True)
+        with pytest.raises(ValueError, match="label_smoothing"):
+            FusedLinearDPOLoss(loss_type="exo_pair")
+
+
 def test_beyond_liger():
     """ipo; log-probs with gradients; a completion without tokens; tiles smaller than a pair."""
     hidden, weight, targets, bias, ref_hidden, ref_weight, ref_bias = problem((2, 9, 8, 33), torch.float64, -100, 1, 1)

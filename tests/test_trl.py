@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from trl_models import arguments_of, llama, random_text, word_tokenizer  # noqa: E402
 
+import dpo_fast  # noqa: E402
 from dpo_fast.integrations import trl_trainer  # noqa: E402
 from dpo_fast.integrations.trl import ChunkedLogProbs, check_trl, use_dpo_fast  # noqa: E402
 
@@ -37,69 +40,30 @@ LOSSES = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = [f"w{i}" for i in range(60)]
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *words])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def pairs():
     g = torch.Generator().manual_seed(0)
-
-    def text(n):
-        return " ".join(f"w{int(i)}" for i in torch.randint(0, 60, (n,), generator=g))
-
     lengths = torch.randint(1, 9, (12, 3), generator=g).tolist()
     return datasets.Dataset.from_list(
-        [{"prompt": text(a), "chosen": " " + text(b), "rejected": " " + text(c)} for a, b, c in lengths]
+        [
+            {"prompt": random_text(a, g), "chosen": " " + random_text(b, g), "rejected": " " + random_text(c, g)}
+            for a, b, c in lengths
+        ]
     )
-
-
-def model(dtype=torch.float32, vocab_size=63):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config).to(dtype)
 
 
 def train(tmp_path, tokenizer, pairs, fast, peft=False, kind=trl.DPOTrainer, **options):
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        max_steps=3,
-        logging_steps=1,
-        learning_rate=1e-2,
-        report_to="none",
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=0,
-        **({"bf16": False} | options),
-    )
-    extra = {"ref_model": model()}
+    arguments = arguments_of(trl.DPOConfig, tmp_path, **options)
+    extra = {"ref_model": llama()}
     if peft:  # the reference is the model without its adapter
         extra = {}
         from peft import LoraConfig
 
         extra["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    size = len(tokenizer)
-    if "ref_model" in extra:
-        extra["ref_model"] = model(vocab_size=size)
-    trainer = kind(
-        model=model(vocab_size=size), args=arguments, train_dataset=pairs, processing_class=tokenizer, **extra
-    )
+    trainer = kind(model=llama(), args=arguments, train_dataset=pairs, processing_class=tokenizer, **extra)
     if kind is not trl.DPOTrainer:
         trainer.train()
         return trainer.state.log_history
@@ -217,7 +181,7 @@ def test_whole_loss_trainer_with_peft_and_evaluation(tmp_path, tokenizer, pairs)
     found = []
     for kind in (trl.DPOTrainer, trl_trainer.DPOTrainer):
         trainer = kind(
-            model=model(), ref_model=model(), args=arguments, train_dataset=pairs, eval_dataset=pairs,
+            model=llama(), ref_model=llama(), args=arguments, train_dataset=pairs, eval_dataset=pairs,
             processing_class=tokenizer,
         )  # fmt: skip
         found.append({k: v for k, v in trainer.evaluate().items() if "second" not in k and "time" not in k})
@@ -252,28 +216,10 @@ def test_sft_trainer(tmp_path, tokenizer, pairs):
     data = pairs.map(lambda x: {"completion": x["chosen"]}, remove_columns=["chosen", "rejected"])
     histories = []
     for fast in (False, True):
-        arguments = trl.SFTConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            max_steps=3,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            bf16=False,
-            seed=0,
-        )
-        trainer = trl.SFTTrainer(model=model(), args=arguments, train_dataset=data, processing_class=tokenizer)
+        arguments = arguments_of(trl.SFTConfig, tmp_path)
+        trainer = trl.SFTTrainer(model=llama(), args=arguments, train_dataset=data, processing_class=tokenizer)
         histories.append(history(trainer, fast))
     assert_same_history(*histories)
-
-
-def arguments_of(kind, tmp_path, **options):
-    return kind(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=3, logging_steps=1, report_to="none",
-        use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False, seed=0, learning_rate=1e-2, **options,
-    )  # fmt: skip
 
 
 def test_kto_trainer(tmp_path, tokenizer, pairs):
@@ -284,7 +230,7 @@ def test_kto_trainer(tmp_path, tokenizer, pairs):
     histories = []
     for fast in (False, True):
         trainer = trl.KTOTrainer(
-            model=model(), ref_model=model(), args=arguments_of(trl.KTOConfig, tmp_path),
+            model=llama(), ref_model=llama(), args=arguments_of(trl.KTOConfig, tmp_path),
             train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
         )  # fmt: skip
         histories.append(history(trainer, fast))
@@ -304,22 +250,29 @@ def test_online_trainers(tmp_path, tokenizer, pairs, name):
             getattr(trl, f"{name}Config"), tmp_path, num_generations=2, max_completion_length=6, beta=0.0
         )
         trainer = getattr(trl, f"{name}Trainer")(
-            model=model(), args=arguments, train_dataset=pairs.select_columns("prompt"), reward_funcs=reward,
+            model=llama(), args=arguments, train_dataset=pairs.select_columns("prompt"), reward_funcs=reward,
             processing_class=tokenizer,
         )  # fmt: skip
         histories.append(history(trainer, fast))
     assert_same_history(*histories)
 
 
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("outputs", [(), ("entropy",), ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")])
 @pytest.mark.parametrize("bias", [False, True])
-def test_function_against_trl(outputs, bias):
-    """The nine arguments and five outputs, values and gradients, against TRL's own function."""
+@pytest.mark.parametrize("n_rows", [7, 0])
+def test_function_against_trl(outputs, bias, dtype, n_rows):
+    """The nine arguments and five outputs against TRL's own function: values, gradients and their types."""
     from trl.kernels import ChunkedLogProbFunction
 
     g = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(7, 16, generator=g), torch.randn(63, 16, generator=g), torch.randn(63, generator=g)]
-    targets = torch.randint(0, 63, (7,), generator=g)
+    shapes = (n_rows, 16), (63, 16), (63,)
+    tensors = [torch.randn(*shape, generator=g).to(dtype) for shape in shapes]
+    targets = torch.randint(0, 63, (n_rows,), generator=g)
     results = []
     for function in (ChunkedLogProbFunction, ChunkedLogProbs(None)):
         hidden, weight, b = (t.clone().requires_grad_() for t in tensors)
@@ -330,30 +283,148 @@ def test_function_against_trl(outputs, bias):
     for x, y in zip(*results, strict=True):
         assert (x is None) == (y is None)
         if x is not None:
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+            scale = x.abs().max().clamp(min=1).item() if x.numel() and x.dtype != torch.bool else 1
+            torch.testing.assert_close(x, y, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype] * scale)
 
 
-def test_is_undone_cleanly_and_not_nested():
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("k", "masked"), [(None, False), (None, True), (3, False), (3, True)])
+def test_selective_log_softmax_against_trl(dtype, k, masked, monkeypatch):
+    """TRL's function of this name and its caller `selective_log_softmax_and_entropy`, on ours: types and values."""
     utils = check_trl()
-    before = (utils._ChunkedLogProbFunction, utils._use_triton)
-    handle = use_dpo_fast()
-    assert isinstance(utils._ChunkedLogProbFunction, ChunkedLogProbs)
-    with pytest.raises(RuntimeError, match="already in effect"):
-        use_dpo_fast()
-    handle.restore()
-    handle.restore()
-    assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
-    with pytest.raises(ZeroDivisionError), use_dpo_fast():
+    g = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(2, 5, 63, generator=g)).to(dtype)
+    index = torch.randint(0, 63, (2, 5) if k is None else (2, 5, k), generator=g)
+    row_mask = torch.rand(index.shape, generator=g) < 0.5 if masked else None
+    caller = utils.selective_log_softmax_and_entropy if k is None else None
+    results = []
+    for function in (utils.selective_log_softmax, dpo_fast.selective_log_softmax):
+        monkeypatch.setattr(utils, "selective_log_softmax", function)
+        x = logits.clone().requires_grad_()
+        logps = function(x, index, 0.7, row_mask)
+        logps.float().sum().backward()
+        found = [logps, x.grad]
+        if caller is not None:
+            found += caller(logits, index, temperature=0.7, row_mask=row_mask)
+        results.append(found)
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.fixture
+def trl_functions():
+    """TRL's module and its own two functions, which must be back after the test."""
+    utils = check_trl()
+    own = utils._ChunkedLogProbFunction, utils._use_triton
+    assert not isinstance(own[0], ChunkedLogProbs)
+    yield utils, own
+    assert (utils._ChunkedLogProbFunction, utils._use_triton) == own
+
+
+def budget_in_effect(utils):
+    """The memory_budget TRL computes with; None: with its own function."""
+    if not isinstance(utils._ChunkedLogProbFunction, ChunkedLogProbs):
+        return None
+    assert utils._use_triton(torch.device("cpu"))
+    return utils._ChunkedLogProbFunction.memory_budget
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+def test_handles_are_counted(trl_functions, order):
+    """In whatever order handles are restored, the newest of the others holds, and TRL's own with the last."""
+    utils, own = trl_functions
+    handles = [use_dpo_fast(memory_budget=100 + i) for i in range(3)]
+    left = [0, 1, 2]
+    for i in order:
+        assert budget_in_effect(utils) == 100 + left[-1]
+        left.remove(i)
+        for _ in range(3):  # counts once
+            handles[i].restore()
+            assert budget_in_effect(utils) == (100 + left[-1] if left else None)
+    assert (utils._ChunkedLogProbFunction, utils._use_triton) == own
+
+
+def test_handles_as_context_managers(trl_functions):
+    utils, _ = trl_functions
+    with pytest.raises(ZeroDivisionError), use_dpo_fast(memory_budget=1):
         raise ZeroDivisionError
-    assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
+    assert budget_in_effect(utils) is None
+    with use_dpo_fast(memory_budget=1) as outer:
+        with pytest.raises(ZeroDivisionError), use_dpo_fast(memory_budget=2):
+            raise ZeroDivisionError
+        assert budget_in_effect(utils) == 1
+        with use_dpo_fast(memory_budget=3) as inner:
+            outer.restore()
+            assert budget_in_effect(utils) == 3
+            with inner:  # a second block over the same handle ends it
+                pass
+            assert budget_in_effect(utils) is None
+    with pytest.raises(RuntimeError, match="was restored: call use_dpo_fast again"), outer:
+        pass
+    assert budget_in_effect(utils) is None
+
+
+def test_calls_that_raise_count_for_nothing(trl_functions, monkeypatch):
+    utils, _ = trl_functions
+    for active in (False, True):
+        with use_dpo_fast(memory_budget=5) if active else contextlib.nullcontext():
+            with pytest.raises(TypeError, match="takes a trainer of TRL, found int"):
+                use_dpo_fast(3)
+            with pytest.raises(ValueError, match="memory_budget"):
+                use_dpo_fast(memory_budget=0)
+            monkeypatch.setattr(trl, "__version__", "1.17.0")
+            with pytest.raises(RuntimeError, match="nothing was changed"):
+                use_dpo_fast()
+            monkeypatch.undo()
+            assert budget_in_effect(utils) == (5 if active else None)
+        assert budget_in_effect(utils) is None
+
+
+def test_a_reload_of_trls_module_between_calls():
+    """It brings TRL's own function back; another call replaces the new one, and restores it."""
+    utils = check_trl()
+    handle = use_dpo_fast(memory_budget=1)
+    importlib.reload(utils)
+    own = utils._ChunkedLogProbFunction
+    assert not isinstance(own, ChunkedLogProbs)
+    again = use_dpo_fast(memory_budget=2)
+    assert budget_in_effect(utils) == 2
+    handle.restore()
+    assert budget_in_effect(utils) == 2
+    again.restore()
+    assert utils._ChunkedLogProbFunction is own
+
+
+def test_trainers_and_handles(tmp_path, tokenizer, pairs, trl_functions):
+    """The same trainer twice, another trainer, and ours, which replaces the function for single forward passes."""
+    utils, _ = trl_functions
+
+    def trainer(kind):
+        return kind(
+            model=llama(), ref_model=llama(), args=arguments_of(trl.DPOConfig, tmp_path, max_steps=1),
+            train_dataset=pairs, processing_class=tokenizer,
+        )  # fmt: skip
+
+    first, second, ours = trainer(trl.DPOTrainer), trainer(trl.DPOTrainer), trainer(trl_trainer.DPOTrainer)
+    handles = [use_dpo_fast(t, memory_budget=i) for i, t in enumerate((first, first, second), 1)]
+    for other in (first, second, ours):
+        other.train()
+        assert budget_in_effect(utils) == 3
+    logged = [t.state.log_history[0]["loss"] for t in (first, second, ours)]
+    assert logged == pytest.approx([logged[0]] * 3, rel=1e-5)
+    ours.model.forward = lambda **_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        ours._compute_loss(ours.model, next(iter(ours.get_train_dataloader())), False)
+    assert budget_in_effect(utils) == 3
+    for handle in handles:
+        handle.restore()
+    assert budget_in_effect(utils) is None
 
 
 def test_other_versions_and_signatures_are_refused(monkeypatch):
     import trl.trainer.utils as utils
 
     before = utils._ChunkedLogProbFunction
-    with pytest.raises(TypeError, match="takes a trainer of TRL, found int"):
-        use_dpo_fast(3)
     monkeypatch.setattr(trl, "__version__", "1.17.0")
     with pytest.raises(RuntimeError, match=r"tested with TRL 1\.16\.0, found 1\.17\.0: nothing was changed"):
         use_dpo_fast()
@@ -364,9 +435,11 @@ def test_other_versions_and_signatures_are_refused(monkeypatch):
         def forward(ctx, hidden, weight):
             return hidden
 
-    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Moved)
-    with pytest.raises(RuntimeError, match="nothing was changed"):
-        use_dpo_fast()
+    for other in (Moved, object(), None):
+        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", other)
+        with pytest.raises(RuntimeError, match="nothing was changed"):
+            use_dpo_fast()
+        assert utils._ChunkedLogProbFunction is other
     monkeypatch.undo()
     assert utils._ChunkedLogProbFunction is before
 

@@ -2,8 +2,9 @@
 
     from dpo_fast.integrations.liger import FusedLinearDPOLoss as LigerFusedLinearDPOLoss
 
-Same constructor, same arguments in the same order, same returned tuple. Beyond it: `ipo`, differentiable log-probs, a
-completion without tokens that is not NaN, tiles that follow `memory_budget` and not the batch. Does not import Liger.
+Same constructor, same arguments in the same order, same returned tuple. In addition `ipo` works, log-probs are
+differentiable, a completion without tokens is not NaN, and tiles follow `memory_budget`, not the batch. Liger is not
+imported.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast._loss.options import choose_loss
-from dpo_fast.linear import gather, linear_dpo_loss
+from dpo_fast.linear import linear_dpo_loss
+from dpo_fast.losses import preference_loss
 
 LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
@@ -22,19 +23,24 @@ LOSS_TYPES = (
 )
 
 
+def _whole(tensor: Any) -> Tensor:
+    """A tensor that is sharded over ranks (DTensor) as a plain one."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
 class FusedLinearDPOLoss(torch.nn.Module):
     """A DPO loss from hidden states and the LM head, whose logits are never built whole.
 
     Args:
-        ignore_index: targets with this value do not count.
+        ignore_index: targets with this value are ignored.
         beta: strength of the pull towards the reference.
         alpha: weight of the negative log-likelihood of the chosen completions, with compute_nll_loss.
         compute_nll_loss: add that term, the mean over the chosen tokens.
-        compiled, chunk_size: taken for the interface's sake; nothing is compiled, and tiles follow memory_budget.
-        use_ref_model: whether there is a reference; without it ref_* are not looked at.
+        compiled, chunk_size: accepted and not read; nothing is compiled, and tiles follow memory_budget.
+        use_ref_model: whether there is a reference; if not, ref_* are not read.
         average_log_prob: log-probs of sequences are averages over tokens.
         loss_type: one of `LOSS_TYPES`, see docs/losses.md.
-        label_smoothing: for "exo_pair" (in (0, 0.5]) and "robust" (in [0, 0.5)); not looked at by the others.
+        label_smoothing: for "exo_pair" (in (0, 0.5]) and "robust" (in [0, 0.5)); the others do not read it.
         discopop_tau: for "discopop".
         memory_budget: as for `linear_dpo_loss`.
 
@@ -73,7 +79,7 @@ class FusedLinearDPOLoss(torch.nn.Module):
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
         self.memory_budget = memory_budget
-        choose_loss(**self._loss_options())
+        self._check_options()
 
     def _loss_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"loss_type": self.loss_type, "beta": self.beta, "average": self.average_log_prob}
@@ -84,6 +90,11 @@ class FusedLinearDPOLoss(torch.nn.Module):
         if self.loss_type == "discopop":
             options["discopop_tau"] = self.discopop_tau
         return options
+
+    def _check_options(self) -> None:
+        """Raises for bad options now and not at the first forward: computes the loss of a pair of one token each."""
+        zeros = torch.zeros(2, device="cpu")  # whatever the default device is
+        preference_loss(zeros, zeros if self.use_ref_model else None, lengths=zeros + 1, **self._loss_options())
 
     def _nll_loss(self, logps: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood per token of the chosen completions, without gradient."""
@@ -103,34 +114,30 @@ class FusedLinearDPOLoss(torch.nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and what Liger returns beside it.
+        """The loss and the other values that Liger returns.
 
         Args:
             lin_weight: [V, H], the LM head.
             _input: [2 P, T, H], hidden states; chosen completions first, then the rejected.
             target: [2 P, T], integers; row t of _input predicts target[:, t].
             bias: [V].
-            ref_input, ref_weight, ref_bias: the same of the reference model; no gradient.
+            ref_input, ref_weight, ref_bias: as _input, lin_weight and bias, of the reference model; no gradient.
 
         Returns:
             loss [], (chosen_logps [P], rejected_logps [P], chosen_logits_mean [], rejected_logits_mean [],
             nll_loss [], chosen_rewards [P], rejected_rewards [P]). The loss and the log-probs are differentiable. The
-            means of the logits are over all rows, as in Liger, also those that do not count.
+            means of the logits are over all rows, as in Liger, ignored ones included.
 
         Raises:
-            ValueError, TypeError, IndexError: as `linear_dpo_loss`; use_ref_model without ref_input and ref_weight.
+            ValueError: use_ref_model without ref_input and ref_weight.
+            ValueError, TypeError, IndexError: as `linear_dpo_loss`.
         """
         if self.use_ref_model and (ref_input is None or ref_weight is None):
             raise ValueError("use_ref_model=True needs ref_input and ref_weight")
-        weight = gather("lin_weight", lin_weight)
-        reference = {
-            "ref_hidden": ref_input,
-            "ref_weight": gather("ref_weight", ref_weight),
-            "ref_bias": gather("ref_bias", ref_bias),
-        }
+        reference: dict[str, Any] = {"ref_hidden": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
         out = linear_dpo_loss(
             _input,
-            weight,
+            lin_weight,
             target,
             bias=bias,
             ignore_index=self.ignore_index,
@@ -141,9 +148,9 @@ class FusedLinearDPOLoss(torch.nn.Module):
         n_pairs = out.losses.shape[0]
         chosen_logps, rejected_logps = out.logps[:n_pairs], out.logps[n_pairs:]
         with torch.no_grad():
-            # the mean of hidden @ weight.T + bias is that of hidden times that of weight: no product of their size
-            mean_row = weight.sum(0, dtype=out.losses.dtype) / weight.shape[0]
-            mean_bias = 0 if bias is None else gather("bias", bias).mean(dtype=out.losses.dtype)
+            # the mean of hidden @ weight.T + bias is mean(hidden) @ mean(weight) + mean(bias): no large product
+            mean_row = _whole(lin_weight.mean(0, dtype=out.losses.dtype))
+            mean_bias = 0 if bias is None else _whole(bias.mean(dtype=out.losses.dtype))
             chosen_mean, rejected_mean = (
                 half.mean((0, 1), dtype=out.losses.dtype) @ mean_row + mean_bias for half in _input.split(n_pairs)
             )

@@ -1,27 +1,27 @@
-"""TRL's trainers on these kernels.
+"""TRL's trainers with their per-token log-probs computed by dpo_fast.
 
-TRL 1.16 computes every per-token log-prob of its trainers (DPO, SFT, KTO, GRPO, RLOO) in one function, which its fused
-LM head looks up at call time in `trl.trainer.utils`: nine arguments in, five outputs. `use_dpo_fast` puts
-`linear_token_logps` in its place; losses, weights, divergences, adapters and metrics stay TRL's own.
+The trainers of TRL 1.16 (DPO, SFT, KTO, GRPO, RLOO) compute per-token log-probs in one function, which their fused LM
+head looks up in `trl.trainer.utils` on each call. `use_dpo_fast` replaces that function by `linear_token_logps`.
+Losses, weights, divergences, adapters and metrics stay TRL's own.
 
     with use_dpo_fast(trainer):
         trainer.train()
 
-The function is private to TRL, so the versions that were tested are stated here and checked before anything changes.
+The function is private to TRL. So TRL's version and the function's arguments are checked before anything is replaced.
 """
 
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import IGNORE_NOTHING
-from dpo_fast.linear import linear_token_logps
+from dpo_fast.linear import linear_plan, linear_token_logps
 
 SUPPORTED_TRL = ("1.16.0",)
 
@@ -39,8 +39,23 @@ _ARGUMENTS = (
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
+@contextmanager
+def autocast_applied(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The head in autocast's type, with autocast off: it would convert the float32 products of the gradients too."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield hidden, weight, bias
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    head = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        yield head
+
+
 class ChunkedLogProbs:
-    """Stands where TRL's autograd function of the chunked log-probs stood."""
+    """Has the interface of TRL's `ChunkedLogProbFunction`: `apply` with its nine arguments and five outputs."""
 
     def __init__(self, memory_budget: int | None) -> None:
         self.memory_budget = memory_budget
@@ -59,19 +74,17 @@ class ChunkedLogProbs:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, [N] each; None where not in `outputs`.
 
-        chunk_size is TRL's own way of bounding memory; memory_budget takes its place.
+        chunk_size, TRL's own bound on memory, is not read: memory_budget is the bound. TRL drops its ignored rows
+        before, so no target is negative.
         """
         del chunk_size
-        kind = hidden.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        with autocast_applied(hidden, weight, bias) as head:
+            hidden, weight, bias = head
             out = linear_token_logps(
-                hidden.to(dtype),
-                weight.to(dtype),
+                hidden,
+                weight,
                 targets,
-                None if bias is None else bias.to(dtype),
-                ignore_index=IGNORE_NOTHING,  # TRL has dropped its ignored rows
+                bias,
                 temperature=temperature,
                 logit_scale=logit_scale,
                 softcap=final_logit_softcapping,
@@ -82,16 +95,16 @@ class ChunkedLogProbs:
 
 
 def _scores_no_padding(device: torch.device) -> bool:
-    """Tells TRL to hand over the rows that count and no others (it does so by itself only where Triton runs)."""
+    """Replaces TRL's `_use_triton`: True makes TRL pass only the rows that count, on every device."""
     return True
 
 
-def check_trl(installed: bool = False) -> ModuleType:
-    """The module that holds the seam; `installed`: it may already be in effect.
+def check_trl() -> ModuleType:
+    """`trl.trainer.utils`, whose functions are replaced.
 
     Raises:
         ImportError: TRL is not installed.
-        RuntimeError: this version of TRL is not one that was tested, or its function has other arguments.
+        RuntimeError: this version of TRL was not tested, or its function has other arguments.
     """
     try:
         import trl
@@ -104,36 +117,49 @@ def check_trl(installed: bool = False) -> ModuleType:
         )
     function = getattr(utils, "_ChunkedLogProbFunction", None)
     if isinstance(function, ChunkedLogProbs):
-        if installed:
-            return utils
-        raise RuntimeError("use_dpo_fast is already in effect: restore it first")
-    found = tuple(inspect.signature(function.forward).parameters)[1:] if function is not None else ()
+        return utils
+    forward = getattr(function, "forward", None)
+    found = tuple(inspect.signature(forward).parameters)[1:] if forward is not None else ()
     if found != _ARGUMENTS or not hasattr(utils, "_use_triton"):
         raise RuntimeError(f"TRL's chunked log-prob function takes {found}, not {_ARGUMENTS}: nothing was changed")
     return utils
 
 
-class UseDpoFast:
-    """What `use_dpo_fast` did, and how to undo it: `restore()`, or the end of a `with` block."""
+class Replacement:
+    """A function in place of TRL's, until `restore()` or the end of a `with` block.
 
-    def __init__(self, memory_budget: int | None) -> None:
-        self._utils: ModuleType | None = check_trl()
-        self._before = (self._utils._ChunkedLogProbFunction, self._utils._use_triton)
-        self.put(self._utils, ChunkedLogProbs(memory_budget))
+    Replacements are counted. TRL calls the newest that was not restored, and its own function again when none is left;
+    the order in which they are restored does not matter.
+    """
 
-    @staticmethod
-    def put(utils: ModuleType, function: ChunkedLogProbs) -> None:
-        """Puts a function in the place of TRL's own."""
-        utils._ChunkedLogProbFunction = function  # type: ignore[attr-defined]
-        utils._use_triton = _scores_no_padding  # type: ignore[attr-defined]
+    _active: ClassVar[list[Replacement]] = []  # oldest first
+    _own: ClassVar[tuple[Any, Any]]  # TRL's own functions, kept while replacements are active
+
+    def __init__(self, function: ChunkedLogProbs) -> None:
+        utils = check_trl()
+        # TRL's own is there although replacements are active after a reload of its module
+        if not isinstance(utils._ChunkedLogProbFunction, ChunkedLogProbs):
+            Replacement._own = (utils._ChunkedLogProbFunction, utils._use_triton)
+        self.function = function
+        self._utils = utils
+        self._active.append(self)
+        self._set_newest()
+
+    def _set_newest(self) -> None:
+        """Gives TRL the newest active function, or its own."""
+        function, use_triton = (self._active[-1].function, _scores_no_padding) if self._active else self._own
+        self._utils._ChunkedLogProbFunction = function  # type: ignore[attr-defined]
+        self._utils._use_triton = use_triton  # type: ignore[attr-defined]
 
     def restore(self) -> None:
-        """Gives TRL its own function back. Once is enough; more does nothing."""
-        if self._utils is not None:
-            self._utils._ChunkedLogProbFunction, self._utils._use_triton = self._before  # type: ignore[attr-defined]
-            self._utils = None
+        """Ends this replacement. A second call does nothing."""
+        if self in self._active:
+            self._active.remove(self)
+            self._set_newest()
 
-    def __enter__(self) -> UseDpoFast:
+    def __enter__(self) -> Replacement:
+        if self not in self._active:
+            raise RuntimeError("this replacement was restored: call use_dpo_fast again")
         return self
 
     def __exit__(
@@ -142,21 +168,29 @@ class UseDpoFast:
         self.restore()
 
 
-def use_dpo_fast(trainer: Any = None, *, memory_budget: int | None = None) -> UseDpoFast:
+def use_dpo_fast(trainer: Any = None, *, memory_budget: int | None = None) -> Replacement:
     """Makes TRL's trainers compute their per-token log-probs with dpo_fast.
 
     It holds for every trainer of the process until it is undone: `with use_dpo_fast(trainer): ...`, or
-    `handle = use_dpo_fast(trainer)` and `handle.restore()`.
+    `handle = use_dpo_fast(trainer)` and `handle.restore()`. Each call returns a new handle. TRL's own function is back
+    when all of them are restored; until then the memory_budget of the newest holds.
+
+    With `precompute_ref_log_probs=True` TRL computes the reference while the trainer is made. Call `use_dpo_fast()`
+    before that, or policy and reference are rounded differently.
 
     Args:
-        trainer: a TRL trainer; checked for being one whose model has TRL's fused LM head. None: no check.
+        trainer: a trainer of TRL, or None; only its class is checked.
         memory_budget: as for `linear_token_logps`.
 
     Raises:
         ImportError: TRL is not installed.
-        RuntimeError: a version of TRL that was not tested, or already in effect; nothing is changed then.
+        RuntimeError: this version of TRL was not tested.
         TypeError: the trainer is not one of TRL's.
+        ValueError: memory_budget is not positive.
+
+    Nothing is replaced when it raises.
     """
     if trainer is not None and not any(c.__module__.startswith("trl.") for c in type(trainer).__mro__):
         raise TypeError(f"use_dpo_fast takes a trainer of TRL, found {type(trainer).__name__}")
-    return UseDpoFast(memory_budget)
+    linear_plan(0, 1, memory_budget=memory_budget)  # checks the budget
+    return Replacement(ChunkedLogProbs(memory_budget))

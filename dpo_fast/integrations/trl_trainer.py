@@ -2,32 +2,32 @@
 
     from dpo_fast.integrations.trl_trainer import DPOTrainer      # instead of: from trl import DPOTrainer
 
-Where `use_dpo_fast` replaces TRL's per-token log-probs and leaves the loss to TRL, here the LM head, the loss and its
-gradient are one operation (three matrix products, never a fourth), and a step's metrics reach the host in one transfer.
-Options whose meaning differs take TRL's own loss over the same log-probs; see `DPOTrainer.computes_whole_loss`.
+`use_dpo_fast` replaces TRL's per-token log-probs and leaves the loss to TRL. Here the LM head, the loss and its
+gradient are one operation of three matrix products (TRL needs four), and a step's metrics reach the host in one
+transfer. Options that TRL reads differently take TRL's own loss over the same log-probs; see
+`DPOTrainer.computes_whole_loss`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import trl
 from torch import Tensor
 
-from dpo_fast._checks import IGNORE_NOTHING
-from dpo_fast._loss.options import COUPLED_LOSSES
-from dpo_fast.integrations.trl import ChunkedLogProbs, UseDpoFast, check_trl
+import dpo_fast
+from dpo_fast.integrations.trl import ChunkedLogProbs, Replacement, autocast_applied, check_trl
 from dpo_fast.linear import linear_dpo_loss
 from dpo_fast.outputs import DPOOutput
 
-_SMOOTHED = {"exo_pair", "robust"}  # where TRL reads label_smoothing and the loss is a sum over pairs
+_SMOOTHED = {"exo_pair", "robust"}  # losses over pairs that read label_smoothing in TRL
+_SORTED = {"aot", "aot_unpaired"}  # losses that sort the batch
 
 
 class _DoubleLogProbs(ChunkedLogProbs):
-    """As it is, in float64, for TRL to sum."""
+    """Log-probs as float64, which TRL then sums without rounding."""
 
     def apply(self, *args: Any) -> Any:
         """See `ChunkedLogProbs`."""
@@ -36,10 +36,10 @@ class _DoubleLogProbs(ChunkedLogProbs):
 
 
 class _WholeLoss(ChunkedLogProbs):
-    """Stands where TRL's chunked log-probs stood, for one forward pass of the policy.
+    """Computes the whole loss where TRL expects log-probs, in one forward pass of the policy.
 
-    The model's output has no place for a loss over pairs; it travels as the sum of the log-probs that are returned, so
-    that whatever wraps the model (DDP, FSDP) sees it leave.
+    The model's output has no field for a loss. The loss is returned as the first log-prob, and the others are 0, so the
+    sum of the log-probs is the loss and wrappers of the model (DDP, FSDP) see it in the model's output.
     """
 
     def __init__(self, memory_budget: int | None, lengths: Tensor, **options: Any) -> None:
@@ -47,6 +47,7 @@ class _WholeLoss(ChunkedLogProbs):
         self.cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         self.options = options
         self.out: DPOOutput | None = None
+        self.n_tokens = 0
 
     def apply(
         self,
@@ -60,19 +61,16 @@ class _WholeLoss(ChunkedLogProbs):
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor, None, None, None, None]:
-        """The loss, in the first of [N] numbers."""
+        """[N] numbers whose sum is the loss; without tokens (N = 0) `loss_of` adds it."""
         del chunk_size, outputs
-        kind = hidden.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        with autocast_applied(hidden, weight, bias) as head:
+            hidden, weight, bias = head
             self.out = linear_dpo_loss(
-                hidden.to(dtype),
-                weight.to(dtype),
+                hidden,
+                weight,
                 targets,
-                bias=None if bias is None else bias.to(dtype),
+                bias=bias,
                 cu_seqlens=self.cu_seqlens,
-                ignore_index=IGNORE_NOTHING,  # TRL has dropped its ignored rows
                 temperature=temperature,
                 logit_scale=logit_scale,
                 softcap=final_logit_softcapping,
@@ -80,23 +78,36 @@ class _WholeLoss(ChunkedLogProbs):
                 memory_budget=self.memory_budget,
                 **self.options,
             )
-        loss = self.out.loss.reshape(1)
-        return torch.cat([loss, loss.new_zeros(targets.shape[0] - 1)]), None, None, None, None
+        self.n_tokens = targets.shape[0]
+        # with N = 0 the padding is -1: it drops the loss and leaves an empty tensor that is connected to the graph
+        padded = torch.nn.functional.pad(self.out.loss.reshape(1), (0, self.n_tokens - 1))
+        return padded, None, None, None, None
+
+    def loss_of(self, log_probs: Tensor) -> tuple[Tensor, DPOOutput]:
+        """The loss from the model's output, and everything else that was computed with it."""
+        assert self.out is not None
+        loss = log_probs.sum()
+        # without tokens the loss is a constant, and the sum is a 0 that connects it to the model's parameters
+        return (loss if self.n_tokens else loss + self.out.loss.detach()), self.out
 
 
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
     """TRL's DPOTrainer with its loss computed by dpo_fast; the same arguments, losses and metrics.
+
+    It differs from TRL in two cases: "sft" on a batch without chosen tokens is 0 (TRL: NaN), and "ipo" and
+    "sigmoid_norm" divide by the number of scored tokens (where a prompt is empty, TRL counts the first token of the
+    completion too, which no logit predicts).
 
     Args:
         memory_budget: as for `dpo_fast.linear_dpo_loss`.
         all others: TRL's.
 
     Raises:
-        RuntimeError: a version of TRL that was not tested.
+        RuntimeError: this version of TRL was not tested.
     """
 
     def __init__(self, *args: Any, memory_budget: int | None = None, **kwargs: Any) -> None:
-        self._trl_utils = check_trl(installed=True)
+        check_trl()
         self.memory_budget = memory_budget
         super().__init__(*args, **kwargs)
 
@@ -104,32 +115,29 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
     def computes_whole_loss(self) -> bool:
         """Whether the options allow the whole loss in one operation.
 
-        Not for losses that sort the batch, for "sft" beside ld_alpha (TRL leaves its tokens unweighted), and for
-        label_smoothing where one of several losses of TRL's ignores it.
+        They do not for losses that sort the batch, for "sft" with ld_alpha (TRL leaves its tokens unweighted), and for
+        label_smoothing with several losses of which TRL applies it to some only.
         """
         types = set(self.loss_types)
-        if types & set(COUPLED_LOSSES) or ("sft" in types and self.ld_alpha is not None):
+        if types & _SORTED or ("sft" in types and self.ld_alpha is not None):
             return False
         return not (self.label_smoothing and types & _SMOOTHED and not types <= _SMOOTHED)
-
-    @contextmanager
-    def _seam(self, function: ChunkedLogProbs) -> Iterator[None]:
-        """Puts a function in the place of TRL's own."""
-        before = self._trl_utils._ChunkedLogProbFunction, self._trl_utils._use_triton
-        UseDpoFast.put(self._trl_utils, function)
-        try:
-            yield
-        finally:
-            self._trl_utils._ChunkedLogProbFunction, self._trl_utils._use_triton = before  # type: ignore[attr-defined]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """[P] log-probs of the reference for the chosen and the rejected completions.
 
         Summed in double and rounded once, as the policy's are: equal models give rewards of exactly 0.
         """
-        with self._seam(_DoubleLogProbs(self.memory_budget)):
+        with Replacement(_DoubleLogProbs(self.memory_budget)):
             chosen, rejected = super().compute_ref_log_probs(model, inputs)
         return chosen.float(), rejected.float()
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL's, with cache files of its own: TRL's log-probs differ from these in the last bits."""
+        mark = f" dpo_fast {dpo_fast.__version__}"
+        if not self._precompute_model_hash.endswith(mark):
+            self._precompute_model_hash += mark
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _ref_logps(self, inputs: dict[str, Any]) -> Tensor:
         """[S] log-probs of the reference."""
@@ -155,13 +163,13 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         if self.f_divergence_type == "alpha_divergence":
             options["f_alpha_divergence_coef"] = self.f_alpha_divergence_coef
         if types == {"sft"}:
-            options["f_divergence"] = "reverse_kl"  # TRL takes any there, and reads none
+            options["f_divergence"] = "reverse_kl"  # TRL allows any other here and does not read it
         return options
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         lengths = inputs["completion_mask"][..., 1:].sum(-1)
         if return_outputs or not self.computes_whole_loss:
-            with self._seam(ChunkedLogProbs(self.memory_budget)):
+            with Replacement(ChunkedLogProbs(self.memory_budget)):
                 return super()._compute_loss(model, inputs, return_outputs)
         ref_logps = self._ref_logps(inputs)
         others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
@@ -170,20 +178,19 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
             model_inputs["output_router_logits"] = True
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         whole = _WholeLoss(self.memory_budget, lengths, ref_logps=ref_logps, **self._loss_options())
-        with self._seam(whole):
+        with Replacement(whole):
             outputs = model(**model_inputs, labels=labels, fused_lm_head=True)
-        loss = outputs.log_probs.sum()
+        loss, out = whole.loss_of(outputs.log_probs)
         aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = outputs.aux_loss
             loss = loss + self.router_aux_loss_coef * aux_loss
-        assert whole.out is not None
-        self._log_metrics(whole.out, inputs, aux_loss)
+        self._log_metrics(out, inputs, aux_loss)
         return loss
 
     @torch.no_grad()
     def _log_metrics(self, out: DPOOutput, inputs: dict[str, Any], aux_loss: Tensor | None) -> None:
-        """TRL's metrics of a step: sums over the rank, gathered, and read in one transfer."""
+        """TRL's metrics of a step: sums of each rank, gathered together and read in one transfer."""
         mode = "train" if self.model.training else "eval"
         assert out.token_sums is not None
         sums = {f"{name}/{side}": half.sum() for name, side, half in self._halves(out)}
@@ -200,19 +207,19 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         values = self.accelerator.gather(vector).view(-1, len(sums)).sum(0).tolist()
         total = dict(zip(sums, values, strict=True))
 
-        def share(part: str, of: str) -> float:
+        def ratio(part: str, of: str) -> float:
             return total[part] / total[of] if total[of] > 0 else 0.0
 
         total["tokens"] = total["lengths/chosen"] + total["lengths/rejected"]
-        metrics = {"entropy": share("entropy", "tokens"), "rewards/accuracies": share("accurate", "pairs")}
-        metrics["mean_token_accuracy"] = share("is_top1/chosen", "lengths/chosen")
-        metrics["rewards/margins"] = share("margins", "pairs")
+        metrics = {"entropy": ratio("entropy", "tokens"), "rewards/accuracies": ratio("accurate", "pairs")}
+        metrics["mean_token_accuracy"] = ratio("is_top1/chosen", "lengths/chosen")
+        metrics["rewards/margins"] = ratio("margins", "pairs")
         for side in ("chosen", "rejected"):
-            metrics[f"logits/{side}"] = share(f"mean_logits/{side}", f"lengths/{side}")
-            metrics[f"rewards/{side}"] = share(f"rewards/{side}", "pairs")
-            metrics[f"logps/{side}"] = share(f"logps/{side}", "pairs")
+            metrics[f"logits/{side}"] = ratio(f"mean_logits/{side}", f"lengths/{side}")
+            metrics[f"rewards/{side}"] = ratio(f"rewards/{side}", "pairs")
+            metrics[f"logps/{side}"] = ratio(f"logps/{side}", "pairs")
         if aux_loss is not None:
-            metrics["aux_loss"] = share("aux_loss", "ranks")
+            metrics["aux_loss"] = ratio("aux_loss", "ranks")
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if mode == "train":
@@ -221,7 +228,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
 
     @staticmethod
     def _halves(out: DPOOutput) -> Iterator[tuple[str, str, Tensor]]:
-        """Name, side and values of what is summed over the chosen and over the rejected completions."""
+        """(name, side, values) of the metrics that are sums over the chosen or over the rejected completions."""
         assert out.token_sums is not None
         names = ("lengths", "mean_logits", "is_top1")
         for name, values in (("logps", out.logps), *((name, out.token_sums[name]) for name in names)):
