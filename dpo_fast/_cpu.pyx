@@ -6,10 +6,10 @@ Each entry is one fused operation: `token_forward` stops at token log-probs, `se
 `dpo_forward` at the loss and its derivatives; `backward` goes from incoming gradients at any of these levels to the
 gradient of the logits. `preference_forward` and `preference_backward` are the loss alone.
 
-Arrays come as addresses with sizes, in the NamedTuples of dpo_fast/_arguments.py, so torch tensors and NumPy arrays
-take the same path and no torch symbol is needed. The callers have checked shapes and types; what depends on values
-(targets, pairs, cu_seqlens) is checked here, before anything is read or written through it. `threads` is the number of
-threads to use at most. The GIL is released while the kernels run.
+Arrays come as addresses with sizes, in the NamedTuples of dpo_fast/_arguments.py (or plain tuples like them), so torch
+tensors and NumPy arrays take the same path and no torch symbol is needed. The callers have checked shapes and types;
+values (targets, pairs, cu_seqlens) are checked here, before anything is read or written through them. `threads` is the
+number of threads to use at most. The GIL is released while the kernels run.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
@@ -40,8 +40,7 @@ cdef extern from "cpu/batch.h" namespace "dpo_fast" nogil:
         bint is_double
 
     void c_after_fork_in_child "dpo_fast::after_fork_in_child"()
-    BatchStatus c_token_forward "dpo_fast::token_forward"(
-        const RowKernels&, const Rows&, int, const TokenArrays&) except +
+    BatchStatus c_token_forward "dpo_fast::token_forward"(const RowKernels&, const Rows&, int, const TokenArrays&) except +
     BatchStatus c_sequence_forward "dpo_fast::sequence_forward"(
         const RowKernels&, const Rows&, const Sequences&, int, const TokenArrays&, void*, bint) except +
     BatchStatus c_dpo_forward "dpo_fast::dpo_forward"(
@@ -128,10 +127,8 @@ cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
         place.insert(0, seq)
     if rows.n_targets > 1:
         place.append(k)
-    raise IndexError(
-        f"target {rows.targets[row * rows.n_targets + k]} at position {place} is outside [0, {rows.vocab}) and is not "
-        f"ignore_index"
-    )
+    target = f"target {rows.targets[row * rows.n_targets + k]} at position {place}"
+    raise IndexError(f"{target} is outside [0, {rows.vocab}) and is not ignore_index")
 
 
 cdef int check(BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs) except -1:
@@ -151,10 +148,8 @@ cdef int check(BatchStatus status, const Rows* rows, const Sequences* seqs, cons
     if status.fault == kSeqlensStart:
         raise ValueError(f"cu_seqlens[0] must be 0, found {seq_bound(seqs[0], 0)}")
     if status.fault == kSeqlensDecrease:
-        raise ValueError(
-            f"cu_seqlens must not decrease: cu_seqlens[{i + 1}] = {seq_bound(seqs[0], i + 1)} follows "
-            f"{seq_bound(seqs[0], i)}"
-        )
+        found = f"cu_seqlens[{i + 1}] = {seq_bound(seqs[0], i + 1)} follows {seq_bound(seqs[0], i)}"
+        raise ValueError(f"cu_seqlens must not decrease: {found}")
     raise ValueError(f"cu_seqlens[{i}] must be the number of rows, {rows.n_rows}, found {seq_bound(seqs[0], i)}")
 
 
