@@ -6,10 +6,10 @@ Each entry is one fused operation: `token_forward` stops at token log-probs, `se
 `dpo_forward` at the loss and its derivatives; `backward` goes from incoming gradients at any of these levels to the
 gradient of the logits. `preference_forward` and `preference_backward` are the loss alone.
 
-Arrays come as addresses with sizes, in the NamedTuples of dpo_fast/_arguments.py, so torch tensors and NumPy arrays
-take the same path and no torch symbol is needed. The callers have checked shapes and types; what depends on values
-(targets, pairs, cu_seqlens) is checked here, before anything is read or written through it. `threads` is the number of
-threads to use at most. The GIL is released while the kernels run.
+Arrays come as addresses with sizes, in the NamedTuples of dpo_fast/_arguments.py (or plain tuples like them), so torch
+tensors and NumPy arrays take the same path and no torch symbol is needed. The callers have checked shapes and types;
+values (targets, pairs, cu_seqlens) are checked here, before anything is read or written through them. `threads` is the
+number of threads to use at most. The GIL is released while the kernels run.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
@@ -93,7 +93,7 @@ def set_isa(str name):
             kernels = candidate
             return
         i += 1
-    raise ValueError(f"instruction set {name!r} cannot be used here; compiled, and supported by this processor: {isas()}")
+    raise ValueError(f"instruction set {name!r} cannot be used here; compiled, and whether it runs here: {isas()}")
 
 
 def isa():
@@ -107,7 +107,7 @@ def exp_float(uintptr_t x, uintptr_t y, int64_t n, bint half):
 
 
 def exp_double(uintptr_t x, uintptr_t y, int64_t n):
-    """y = exp(x) for n doubles at addresses x and y, as the kernels compute it."""
+    """The same for doubles."""
     kernels.exp_double(<const double*>x, <double*>y, n)
 
 
@@ -116,25 +116,19 @@ def expect_writes(uintptr_t address, int64_t n_bytes):
     advise_huge_pages(<char*>address, n_bytes)
 
 
-def loss_types():
-    """(name, flags) of each loss, by its number: DPO_FAST_LOSSES and LossFlags in csrc/preference_loss.h."""
-    return [(loss_name(i).decode(), loss_flags(i)) for i in range(kLossTypes)]
-
-
 cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
-    cdef int64_t seq = row // rows.rows_per_seq
     place = [row % rows.rows_per_seq]
-    if seq > 0 or rows.rows_per_seq < rows.n_rows:
-        place.insert(0, seq)
+    if rows.rows_per_seq < rows.n_rows:
+        place.insert(0, row // rows.rows_per_seq)
     if rows.n_targets > 1:
         place.append(k)
-    raise IndexError(
-        f"target {rows.targets[row * rows.n_targets + k]} at position {place} is outside [0, {rows.vocab}) and is not "
-        f"ignore_index"
-    )
+    target = f"target {rows.targets[row * rows.n_targets + k]} at position {place}"
+    raise IndexError(f"{target} is outside [0, {rows.vocab}) and is not ignore_index")
 
 
-cdef int check(BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs) except -1:
+cdef int check(
+    BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs
+) except -1:
     """Raises what the kernels found.
 
     Raises:
@@ -151,10 +145,8 @@ cdef int check(BatchStatus status, const Rows* rows, const Sequences* seqs, cons
     if status.fault == kSeqlensStart:
         raise ValueError(f"cu_seqlens[0] must be 0, found {seq_bound(seqs[0], 0)}")
     if status.fault == kSeqlensDecrease:
-        raise ValueError(
-            f"cu_seqlens must not decrease: cu_seqlens[{i + 1}] = {seq_bound(seqs[0], i + 1)} follows "
-            f"{seq_bound(seqs[0], i)}"
-        )
+        found = f"cu_seqlens[{i + 1}] = {seq_bound(seqs[0], i + 1)} follows {seq_bound(seqs[0], i)}"
+        raise ValueError(f"cu_seqlens must not decrease: {found}")
     raise ValueError(f"cu_seqlens[{i}] must be the number of rows, {rows.n_rows}, found {seq_bound(seqs[0], i)}")
 
 
@@ -179,7 +171,9 @@ def token_forward(object rows, int threads, object logps, object stats, object s
     check(status, &r, NULL, NULL, 0)
 
 
-def sequence_forward(object rows, object seqs, int threads, object logps, object stats, object seq_logps, bint double_sums):
+def sequence_forward(
+    object rows, object seqs, int threads, object logps, object stats, object seq_logps, bint double_sums
+):
     """Fills logps [rows], stats [rows, 2] (if not None) and seq_logps [n_seqs] (float64 with double_sums).
 
     Raises:

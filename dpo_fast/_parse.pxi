@@ -1,6 +1,8 @@
 """How both bindings read the NamedTuples of dpo_fast/_arguments.py: absence is None, and an address of 0 is refused
 where there are elements."""
 
+from cpython.tuple cimport PyTuple_GetSlice, PyTuple_Size
+
 
 cdef uintptr_t optional(object address, int64_t count, str name) except? 0:
     """The address of `count` elements, 0 for None.
@@ -29,10 +31,10 @@ cdef uintptr_t required(object address, int64_t count, str name) except? 0:
 
 
 cdef tuple fields(object arguments, str name):
-    """A NamedTuple as a tuple: Cython unpacks one faster than an object that it does not know."""
+    """A NamedTuple as an exact tuple: getting an item of a subclass takes ten times as long."""
     if not isinstance(arguments, tuple):
-        raise TypeError(f"{name} must be a NamedTuple of dpo_fast._arguments, found {type(arguments).__name__}")
-    return <tuple>arguments
+        raise TypeError(f"{name} must be a tuple as in dpo_fast._arguments, found {type(arguments).__name__}")
+    return PyTuple_GetSlice(arguments, 0, PyTuple_Size(arguments))
 
 
 cdef Rows parse_rows(object arguments) except *:
@@ -71,16 +73,20 @@ cdef Sequences parse_sequences(object arguments, const Rows* rows) except *:
 
 cdef Pairs parse_pairs(object arguments, int64_t n_seqs) except *:
     cdef Pairs pairs
+    cdef tuple each
     cdef int i
     index, pairs.n_pairs, pairs.divisor, baseline, numbers, order, offsets = fields(arguments, "pairs")
     if pairs.n_pairs < 0:
         raise ValueError(f"the number of pairs must not be negative, found {pairs.n_pairs}")
     pairs.pairs = <const int64_t*>optional(index, pairs.n_pairs, "pairs")
     pairs.baseline = <const double*>optional(baseline, 1, "baseline")
-    if len(numbers) != kPairNumbers:
-        raise ValueError(f"a pair has {kPairNumbers} numbers, {list(pair_numbers())}, found {len(numbers)}")
+    each = fields(numbers, "numbers")
+    if len(each) != kPairNumbers:
+        raise ValueError(f"a pair has {kPairNumbers} numbers, {list(pair_numbers())}, found {len(each)}")
     for i in range(kPairNumbers):
-        pairs.numbers[i] = <const double*>optional(numbers[i], pairs.n_pairs, f"pair_{pair_number_name(i).decode()}")
+        pairs.numbers[i] = NULL
+        if each[i] is not None:
+            pairs.numbers[i] = <const double*>optional(each[i], pairs.n_pairs, "pair_" + pair_number_name(i).decode())
     pairs.order = <const int64_t*>optional(order, pairs.n_pairs, "order")
     pairs.offsets = <const int64_t*>optional(offsets, n_seqs + 1, "offsets")
     if pairs.divisor == 0:
@@ -92,6 +98,7 @@ cdef Pairs parse_pairs(object arguments, int64_t n_seqs) except *:
 
 cdef LossOptions parse_loss(object arguments) except *:
     cdef LossOptions options
+    cdef tuple types, weights, parameters
     cdef int i
     types, weights, parameters, options.divergence, options.average = fields(arguments, "loss")
     if len(types) > kMaxLossTerms or len(types) != len(weights):
@@ -115,15 +122,20 @@ cdef LossOptions parse_loss(object arguments) except *:
 cdef TokenArrays parse_tokens(const Rows* rows, object logps, object stats, object statistics) except *:
     """statistics: None, or an address or None for each entry of the table."""
     cdef TokenArrays out
+    cdef tuple each
     cdef int i
     out.logps = <void*>required(logps, rows.n_rows * rows.n_targets, "logps")
     out.stats = <void*>optional(stats, rows.n_rows, "stats")
-    if statistics is not None and len(statistics) != kStatistics:
-        raise ValueError(f"a token has {kStatistics} statistics, {list(token_statistics())}, found {len(statistics)}")
     for i in range(kStatistics):
         out.statistics[i] = NULL
-        if statistics is not None and statistics[i] is not None:
-            out.statistics[i] = <void*>optional(statistics[i], rows.n_rows, statistic_name(i).decode())
+    if statistics is None:
+        return out
+    each = fields(statistics, "statistics")
+    if len(each) != kStatistics:
+        raise ValueError(f"a token has {kStatistics} statistics, {list(token_statistics())}, found {len(each)}")
+    for i in range(kStatistics):
+        if each[i] is not None:
+            out.statistics[i] = <void*>optional(each[i], rows.n_rows, statistic_name(i).decode())
     return out
 
 
@@ -175,3 +187,8 @@ def loss_parameters():
 def pair_numbers():
     """Names of the numbers that each pair may have of its own: DPO_FAST_PAIR_NUMBERS in csrc/preference_loss.h."""
     return tuple([pair_number_name(i).decode() for i in range(kPairNumbers)])
+
+
+def loss_types():
+    """(name, flags) of each loss, by its number: DPO_FAST_LOSSES and LossFlags in csrc/preference_loss.h."""
+    return [(loss_name(i).decode(), loss_flags(i)) for i in range(kLossTypes)]

@@ -178,7 +178,7 @@ def test_arguments_that_do_not_go_together():
         _cpu.token_forward(b.rows, 1, address(b.logps), None, (None,) * 4)
     with pytest.raises(ValueError, match="no type of logits"):
         _cpu.token_forward(b.rows._replace(logit_type=4), 1, address(b.logps), None, None)
-    with pytest.raises(TypeError, match="rows must be a NamedTuple"):
+    with pytest.raises(TypeError, match="rows must be a tuple"):
         _cpu.token_forward(list(b.rows), 1, address(b.logps), None, None)
 
 
