@@ -416,6 +416,12 @@ def outcome_of(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [plain(value) for value in values if isinstance(value, Tensor)]
 
 
+def name_of(func: Any, args: Any, tensor: Tensor) -> str:
+    """What the schema calls a tensor among the arguments."""
+    names = (a.name for a, value in zip(func._schema.arguments, args, strict=False) if value is tensor)
+    return next(names, "a tensor in a list")
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("list", "array")])
 def test_operators(recorded_calls, kind):
     """One tensor at a time: the same numbers or any exception."""
@@ -438,5 +444,5 @@ def test_operators(recorded_calls, kind):
             try:
                 same(found, expected)
             except Exception as error:  # also where there is no number to look at
-                raise AssertionError(f"{func}, tensor {i}: {error}") from None
+                raise AssertionError(f"{func}, {name_of(func, args, leaf)}: {error}") from None
     assert tried or kind == "other_device"
