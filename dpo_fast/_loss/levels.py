@@ -93,8 +93,8 @@ def _baseline_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | Non
         return None
     if isinstance(value, Tensor):
         check_no_grad("baseline", value)
-        value = plain_tensor("baseline", value)
-        return value.reshape(()) if value.numel() == 1 else value
+        tensor: Tensor = plain_tensor("baseline", value)
+        return tensor.reshape(()) if tensor.numel() == 1 else tensor
     found = _checks.number("baseline", value)
     return torch.full((), found, dtype=accurate_type(like.device), device=like.device)  # no copy from the host
 
