@@ -84,12 +84,13 @@ def token_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    valid_vocab: int | None = None,
     token_weights: ArrayLike | None = None,
 ) -> TokenOutput:
-    """Every statistic of each token; see `dpo_fast.outputs.TokenOutput`."""
+    """Every statistic of each token; see `dpo_fast.outputs.TokenOutput`. Columns from valid_vocab on do not exist."""
     targets = np.asarray(targets)
     kept = kept_rows(targets, ignore_index, token_weights)
-    x = np.asarray(logits)[kept]
+    x = np.asarray(logits)[kept][:, :valid_vocab]
     z = transform(x, temperature, logit_scale, softcap)
     logp = log_softmax(z)
     rows, y = np.arange(len(z)), targets[kept]
@@ -106,6 +107,7 @@ def token_logps(
         # no answer where there is no distribution
         is_top1=scatter((x.astype(np.float64).argmax(-1) == y) & ~np.isnan(logp[:, 0]), np.bool_),
         log_sum_sq_probs=scatter(np.log(np.exp(2 * logp).sum(-1))),
+        lse=scatter((z - logp)[rows, logp.argmax(-1)]),
     )
 
 
@@ -114,20 +116,25 @@ def token_logps_grad(
     targets: ArrayLike,
     grad_logps: ArrayLike,
     grad_entropy: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
     *,
     ignore_index: int = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    valid_vocab: int | None = None,
     token_weights: ArrayLike | None = None,
 ) -> Float64:
-    """d/dx of sum(grad_logps * logps) + sum(grad_entropy * entropy).
+    """d/dx of sum(grad_logps * logps) + sum(grad_entropy * entropy) + sum(grad_lse * lse).
 
-    dlogp_y/dz_v = 1[v = y] - p_v and dH/dz_v = -p_v (log p_v + H).
+    dlogp_y/dz_v = 1[v = y] - p_v, dH/dz_v = -p_v (log p_v + H), dlse/dz_v = p_v. A row whose gradients are all 0 takes no
+    part: its gradient is 0, whatever its logits are.
     """
     targets = np.asarray(targets)
     kept = kept_rows(targets, ignore_index, token_weights)
-    x = np.asarray(logits)[kept]
+    incoming = [np.asarray(g, np.float64) for g in (grad_logps, grad_entropy, grad_lse) if g is not None]
+    kept &= np.any([g != 0 for g in incoming], axis=0)
+    x = np.asarray(logits)[kept][:, :valid_vocab]
     logp = log_softmax(transform(x, temperature, logit_scale, softcap))
     p = np.exp(logp)
     one_hot = np.arange(p.shape[-1]) == targets[kept][:, None]
@@ -135,8 +142,10 @@ def token_logps_grad(
     if grad_entropy is not None:
         entropy = -entropy_terms(logp).sum(-1, keepdims=True)
         dz -= np.asarray(grad_entropy, np.float64)[kept][:, None] * (entropy_terms(logp) + p * entropy)
+    if grad_lse is not None:
+        dz += np.asarray(grad_lse, np.float64)[kept][:, None] * p
     out = np.zeros(np.shape(logits))
-    out[kept] = dz * transform_grad(x, temperature, logit_scale, softcap)
+    out[kept, : p.shape[-1]] = dz * transform_grad(x, temperature, logit_scale, softcap)
     return out
 
 
@@ -199,7 +208,7 @@ def sequence_logps_grad(
     """d/dx of sum(grad_logps * sequence_logps)."""
     factors = token_factors(targets, cu_seqlens, token_weights, average, ignore_index)
     for g, index in zip(np.asarray(grad_logps, np.float64), sequence_bounds(targets, cu_seqlens), strict=True):
-        factors[index] *= g
+        factors[index] = factors[index] * g if g != 0 else 0
     return token_logps_grad(
         logits, targets, factors, ignore_index=ignore_index, token_weights=token_weights, **transform_options
     )
@@ -256,9 +265,17 @@ class PairSide:
         self.average_scores = self.scores / np.maximum(lengths, 1)
 
 
-def pair_losses(name: str, c: PairSide, d: PairSide, beta: float, e: float, o: dict[str, Any]) -> Any:
+def score_margin(c: PairSide, d: PairSide, beta: Any, o: dict[str, Any]) -> Any:
+    """beta times the difference of the scores, with the terms of DPO-Positive (Pal et al. 2024, arXiv:2402.13228, eq. 3),
+    R-DPO (Park et al. 2024, arXiv:2403.19159, eq. 9) and ODPO (Amini et al. 2024, arXiv:2402.10571, eq. 5)."""
+    shortfall = np.where(np.real(c.ratios) < 0, -c.ratios, 0)  # max(0, log pi_ref - log pi) of the chosen completion
+    x = beta * (c.scores - d.scores - o.get("dpop_lambda", 0.0) * shortfall)
+    return x + o.get("length_penalty", 0.0) * (c.lengths - d.lengths) - np.asarray(o.get("margin", 0.0), np.float64)
+
+
+def pair_losses(name: str, c: PairSide, d: PairSide, beta: Any, e: float, o: dict[str, Any]) -> Any:
     """[P] losses of one type; c chosen, d rejected, e label smoothing. See docs/losses.md for the sources."""
-    x = beta * (c.scores - d.scores)
+    x = score_margin(c, d, beta, o)
     match name:
         case "sigmoid":
             return (1 - e) * softplus(-x) + (e * softplus(x) if e else 0)
@@ -315,8 +332,8 @@ def sort_by_real(x: Any) -> Any:
     return x[np.argsort(np.real(x), kind="stable")]
 
 
-def single_losses(name: str, ratios: Any, desirable: Any, beta: float, baseline: float, o: dict[str, Any]) -> Any:
-    """[S] losses of completions that stand alone."""
+def single_losses(name: str, ratios: Any, desirable: Any, beta: Any, baseline: float, o: dict[str, Any]) -> Any:
+    """[S] losses of completions that are alone."""
     sign = np.where(desirable, 1.0, -1.0)
     if name == "bco":
         return softplus(-sign * (beta * ratios - baseline))
@@ -335,7 +352,7 @@ def preference_losses(
     logps: Any,
     ref_logps: ArrayLike | None = None,
     *,
-    beta: float = 0.1,
+    beta: ArrayLike = 0.1,
     loss_type: Any = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
@@ -349,21 +366,30 @@ def preference_losses(
     f_alpha_divergence_coef: float = 0.5,
     **o: Any,
 ) -> Any:
-    """[P] losses of real or complex logps [S]; the options of `dpo_fast.preference_loss`."""
+    """[P] losses of real or complex logps [S]; the options of `dpo_fast.preference_loss`. beta and margin may be [P]."""
+    beta = np.asarray(beta, np.float64)
     ratios = logps - (0 if ref_logps is None else np.asarray(ref_logps, np.float64))
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     if names[0] in ("kto", "bco"):
         n = len(logps)
         good = np.arange(n) < n // 2 if desirable is None else np.asarray(desirable, bool)
         losses = single_losses(names[0], ratios, good, beta, float(baseline), o)
-        return losses if pair_weights is None else losses * np.asarray(pair_weights, np.float64)
+        return weighted(losses, pair_weights)
     tokens = np.zeros(len(logps)) if lengths is None else np.asarray(lengths, np.float64)
     divergence = {"f_divergence": f_divergence, "f_alpha_divergence_coef": f_alpha_divergence_coef}
     chosen, rejected = (PairSide(logps[k], ratios[k], tokens[k], divergence) for k in pair_index(len(logps), pairs).T)
     total = 0
     for name, weight in zip(names, loss_weights or [1] * len(names), strict=True):
         total = total + weight * pair_losses(name, chosen, rejected, beta, label_smoothing, {**o, "average": average})
-    return total if pair_weights is None else total * np.asarray(pair_weights, np.float64)
+    return weighted(total, pair_weights)
+
+
+def weighted(losses: Any, pair_weights: ArrayLike | None) -> Any:
+    """losses * pair_weights; a pair of weight 0 counts as none, also where its loss is NaN."""
+    if pair_weights is None:
+        return losses
+    w = np.asarray(pair_weights, np.float64)
+    return np.where(w == 0, 0, losses * np.where(w == 0, 0, w))
 
 
 def _reduced(losses: Any, reduction: str, num_pairs: float | None) -> Any:
@@ -378,7 +404,7 @@ def preference_loss(
     logps = np.asarray(logps, np.float64)
     ratios = logps if ref_logps is None else logps - np.asarray(ref_logps, np.float64)
     losses = preference_losses(logps, ref_logps, **options)
-    beta, pairs = options.get("beta", 0.1), options.get("pairs")
+    beta, pairs, weights = np.asarray(options.get("beta", 0.1)), options.get("pairs"), options.get("pair_weights")
     unpaired = options.get("loss_type") in ("kto", "bco")
     if unpaired:
         n = len(logps)
@@ -389,8 +415,14 @@ def preference_loss(
         pairs = np.stack([np.where(good, numbers, -1), np.where(good, -1, numbers)], -1)
     else:
         chosen, rejected = (beta * ratios[k] for k in pair_index(len(logps), pairs).T)
+    if weights is not None:  # a pair of weight 0 has no rewards, but NaN marks an absent side
+        off = np.asarray(weights) == 0
+        chosen, rejected = (
+            np.where(off & (pair_index(len(logps), pairs)[:, k] >= 0), 0, side)
+            for k, side in enumerate((chosen, rejected))
+        )
     loss = _reduced(losses, reduction, options.get("num_pairs"))
-    arrays: Any = (loss, losses, chosen, rejected, logps, pairs, unpaired)
+    arrays: Any = (loss, losses, chosen, rejected, logps, pairs, unpaired, None, None, weights)
     return DPOOutput(*arrays)
 
 
@@ -421,6 +453,7 @@ LOSS_OPTIONS = (
     *("beta", "loss_type", "loss_weights", "label_smoothing", "pairs", "pair_weights", "desirable", "baseline"),
     *("reduction", "f_divergence", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma"),
     *("desirable_weight", "undesirable_weight", "num_pairs", "num_chosen_tokens"),
+    *("dpop_lambda", "length_penalty", "margin"),
 )
 
 
@@ -452,6 +485,7 @@ def _split(
     loss = {k: options.pop(k) for k in LOSS_OPTIONS if k in options}
     loss["average"] = options.setdefault("average", loss.get("loss_type") in ("simpo", "orpo"))
     ld_alpha, wpo = options.pop("ld_alpha", None), options.pop("wpo", False)
+    options.pop("z_loss_weight", None)  # of the logits, beside the pairs: see z_loss
     layout = {k: options[k] for k in ("cu_seqlens", "ignore_index") if k in options}
     if ld_alpha is not None:
         weights = ld_dpo_weights(targets, ld_alpha, pairs=loss.get("pairs"), **layout)
@@ -469,7 +503,7 @@ def _split(
         weights = np.array([np.exp(aligned[i][kept[i]].sum() / max(kept[i].sum(), 1)) for i in bounds])
         pair_weights = weights[pair_index(len(bounds), loss.get("pairs"))].prod(-1)
         given = loss.get("pair_weights")
-        loss["pair_weights"] = pair_weights if given is None else pair_weights * np.asarray(given)
+        loss["pair_weights"] = weighted(pair_weights, given)
     if ref_logits is not None:
         ref_logps = sequence_logps(ref_logits, targets, **options)
     return options, loss, ref_logps
@@ -483,9 +517,11 @@ def dpo_loss(
     ref_logits: ArrayLike | None = None,
     **options: Any,
 ) -> DPOOutput:
-    """`preference_loss` of `sequence_logps`; takes the options of both, and ld_alpha and wpo."""
+    """`preference_loss` of `sequence_logps`; takes the options of both, and ld_alpha, wpo and z_loss_weight."""
+    z_loss_weight = options.get("z_loss_weight", 0.0)
     options, loss, ref_logps = _split(logits, targets, ref_logits, ref_logps, options)
-    return preference_loss(sequence_logps(logits, targets, **options), ref_logps, **loss)
+    out = preference_loss(sequence_logps(logits, targets, **options), ref_logps, **loss)
+    return out._replace(loss=out.loss + z_loss(logits, targets, z_loss_weight, options, loss)[0])
 
 
 def dpo_loss_grad(
@@ -498,9 +534,36 @@ def dpo_loss_grad(
     **options: Any,
 ) -> Float64:
     """dloss/dlogits of `dpo_loss`."""
+    z_loss_weight = options.get("z_loss_weight", 0.0)
     options, loss, ref_logps = _split(logits, targets, ref_logits, ref_logps, options)
     grad = preference_loss_grad(sequence_logps(logits, targets, **options), ref_logps, grad_losses=grad_losses, **loss)
-    return sequence_logps_grad(logits, targets, grad, **options)
+    grad_lse = z_loss(logits, targets, z_loss_weight, options, loss)[1]
+    tokens = {k: v for k, v in options.items() if k not in ("average", "cu_seqlens")}
+    from_lse = token_logps_grad(logits, targets, np.zeros(np.shape(targets)), None, grad_lse, **tokens)
+    return sequence_logps_grad(logits, targets, grad, **options) + from_lse
+
+
+def z_loss(
+    logits: ArrayLike, targets: ArrayLike, weight: float, options: dict[str, Any], loss: dict[str, Any]
+) -> tuple[Any, Float64]:
+    """weight times the mean of lse^2 over the tokens that count of the sequences that take part, and its gradient by lse.
+
+    As though it were added to each pair's loss: P times that for a sum, P / num_pairs times for shares of a batch.
+    """
+    lse = token_logps(logits, targets, **{k: v for k, v in options.items() if k not in ("average", "cu_seqlens")}).lse
+    if not weight:
+        return 0.0, np.zeros(lse.shape)
+    bounds = sequence_bounds(targets, options.get("cu_seqlens"))
+    pairs = pair_index(len(bounds), loss.get("pairs"))
+    weights = np.ones(len(pairs)) if loss.get("pair_weights") is None else np.asarray(loss["pair_weights"])
+    live = np.zeros(np.shape(targets), bool)
+    for s in set(pairs[weights != 0].reshape(-1).tolist()):
+        live[bounds[s]] = True
+    live &= kept_rows(targets, options.get("ignore_index", -100), options.get("token_weights"))
+    times = {"mean": len(pairs) / loss.get("num_pairs", len(pairs)), "sum": len(pairs)}[loss.get("reduction", "mean")]
+    scale = weight * times / max(live.sum(), 1)
+    lse = np.where(live, lse, 0)
+    return scale * (lse**2).sum(), 2 * scale * lse
 
 
 __all__: Sequence[str] = (

@@ -33,7 +33,10 @@ def range_scale(grads: list[Tensor | None], dtype: torch.dtype) -> Tensor | None
     """
     if dtype is not torch.float16:
         return None
-    largest = torch.stack([grad.float().abs().amax() for grad in grads if grad is not None and grad.numel()]).amax()
+    each = [grad.float().abs().amax() for grad in grads if grad is not None and grad.numel()]
+    if not each:
+        return None
+    largest = torch.stack(each).amax()
     scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
     return torch.where((largest > 0) & torch.isfinite(largest), scale, torch.ones_like(scale))
 

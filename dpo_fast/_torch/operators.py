@@ -291,9 +291,10 @@ def flatten(record: Any) -> Iterator[Any]:
 
 
 def _parts(record: Any) -> tuple[Any, ...]:
-    """For each field the record that it is, None for others; fills in _PARTS for all of them."""
+    """For each field the record that it is, or `tuple`, None for others; fills in _PARTS for all of them."""
     kinds = typing.get_type_hints(record).values()
-    _PARTS[record] = tuple([kind if _is_record(kind) and _parts(kind) else None for kind in kinds])
+    parts = [tuple if typing.get_origin(k) is tuple else k if _is_record(k) and _parts(k) else None for k in kinds]
+    _PARTS[record] = tuple(parts)
     return _PARTS[record]
 
 
@@ -303,7 +304,13 @@ _PARTS: dict[Any, tuple[Any, ...]] = {}
 
 def parse(record: Any, values: Iterator[Any]) -> Any:
     """The record whose flattened fields these are."""
-    return record(*[next(values) if part is None else parse(part, values) for part in _PARTS[record]])
+    return record(*[_parsed(part, values) for part in _PARTS[record]])
+
+
+def _parsed(part: Any, values: Iterator[Any]) -> Any:
+    if part is None:
+        return next(values)
+    return tuple(next(values)) if part is tuple else parse(part, values)
 
 
 class Operator(NamedTuple):
