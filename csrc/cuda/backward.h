@@ -16,6 +16,7 @@ struct BackwardArgs {
   int64_t first_row;        // of this launch
   const double* seq_saved;  // [n_seqs, kSeqSaved], null: gradients of tokens only
   const double* seq_grads;  // [n_seqs], null: dloss/dlogp times the gradient of the loss
+  double unit;              // unit_scale: a division that would need registers here
 };
 
 // The sequence that holds a row; n_seqs: none does.
@@ -72,7 +73,7 @@ struct PieceGrad {
   __device__ static RowCoefs<Compute> coefs(const BackwardArgs& a, int64_t row, const RowIncoming& in) {
     const RowGrad r = row_grad(load_number(a.saved.stats, 2 * row, kWide),
                                load_number(a.saved.stats, 2 * row + 1, kWide), entropy_of(a, row, in), in);
-    const double slope = kCapped ? 1 : unit_scale(a.rows.transform);
+    const double slope = kCapped ? 1 : a.unit;
     if constexpr (!kEntropy) return {(Compute)r.shift, (Compute)(r.coef * slope), 0, 0};
     // entropy_coef is that of t, whose unit differs from that of d
     return {(Compute)r.shift, (Compute)(r.coef * slope),
@@ -112,7 +113,7 @@ struct PieceGrad {
       if (targets[i] == targets[k]) g += target_incoming(a.rows, a.grads, row * a.rows.n_targets + i, from_seq);
     const double logp = load_number(a.saved.logps, row * a.rows.n_targets + k, kWide);
     const double entropy = entropy_of(a, row, in);
-    double slope = unit_scale(a.rows.transform);
+    double slope = a.unit;
     if constexpr (kCapped) {
       // z from its log-prob: the logit may be overwritten by now
       const double z =

@@ -142,6 +142,7 @@ int dpo_fast_backward(const Rows* rows, const Sequences* seqs, const Pairs* pair
   a.grads = *grads;
   a.out = *out;
   a.pieces = pieces_of(rows->vocab);
+  a.unit = unit_scale(rows->transform);
   if (seqs) {
     a.seqs = *seqs;
     a.seq_saved = seq_saved;
