@@ -13,7 +13,7 @@
 
 namespace dpo_fast {
 
-// What a loss takes, for the checks of options in Python.
+// The options that a loss reads or refuses, for the checks in Python.
 enum LossFlags {
   kDivergence = 1,          // reads scores: any f-divergence
   kSmoothing = 2,           // reads label_smoothing, in [0, 0.5]

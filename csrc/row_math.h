@@ -68,7 +68,7 @@ DPO_FAST_HD void merge_parts(RowPart& part, RowPart next, double unit) {
   }
 }
 
-// What a token may have beside its log-prob: the name, and whether it takes more of a RowPart than shift and sum.
+// The per-token statistics beside the log-prob: the name, and whether it takes more of a RowPart than shift and sum.
 #define DPO_FAST_STATISTICS(X) \
   X(entropy, true)             \
   X(mean_logits, true)         \

@@ -36,7 +36,7 @@ struct Rows {
   int32_t weights_double;  // weights are float64, else float32
 };
 
-// What forward leaves for each row; null where not wanted.
+// The results of forward for each row; null where not wanted.
 struct TokenArrays {
   void* logps;                    // [rows, n_targets]
   void* stats;                    // [rows, 2]: shift and 1 / sum
@@ -63,7 +63,7 @@ struct Pairs {
   const int64_t* offsets;  // [n_seqs + 1]
 };
 
-// What the losses leave, [n_pairs] but for loss [] and pair_grads [n_pairs, 2].
+// The results of the losses, [n_pairs] but for loss [] and pair_grads [n_pairs, 2].
 struct Losses {
   void* loss;
   void* losses;
@@ -251,7 +251,7 @@ DPO_FAST_HD Side side_of(const SequenceNumbers& q, int64_t s) {
   return side;
 }
 
-// What the loss reads of pair p. Of a pair of weight 0 nothing is read but its numbers.
+// Pair p as the loss reads it. Of a pair of weight 0 nothing is read but its numbers.
 DPO_FAST_HD Pair pair_of(const Pairs& pairs, const LossOptions& o, const SequenceNumbers& q, int64_t p) {
   Pair pair = {};
 #define DPO_FAST_NUMBER(name, otherwise) \

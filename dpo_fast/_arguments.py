@@ -67,7 +67,7 @@ class KernelLosses(NamedTuple):
 
 
 class KernelSaved(NamedTuple):
-    """What forward leaves for backward."""
+    """The results of forward that backward reads."""
 
     logps: Address  # [rows, n_targets]
     stats: Address  # [rows, 2]

@@ -40,7 +40,8 @@ cdef extern from "cpu/batch.h" namespace "dpo_fast" nogil:
         bint is_double
 
     void c_after_fork_in_child "dpo_fast::after_fork_in_child"()
-    BatchStatus c_token_forward "dpo_fast::token_forward"(const RowKernels&, const Rows&, int, const TokenArrays&) except +
+    BatchStatus c_token_forward "dpo_fast::token_forward"(
+        const RowKernels&, const Rows&, int, const TokenArrays&) except +
     BatchStatus c_sequence_forward "dpo_fast::sequence_forward"(
         const RowKernels&, const Rows&, const Sequences&, int, const TokenArrays&, void*, bint) except +
     BatchStatus c_dpo_forward "dpo_fast::dpo_forward"(
@@ -92,7 +93,7 @@ def set_isa(str name):
             kernels = candidate
             return
         i += 1
-    raise ValueError(f"instruction set {name!r} cannot be used here; compiled, and supported by this processor: {isas()}")
+    raise ValueError(f"instruction set {name!r} cannot be used here; compiled, and whether it runs here: {isas()}")
 
 
 def isa():
@@ -106,7 +107,7 @@ def exp_float(uintptr_t x, uintptr_t y, int64_t n, bint half):
 
 
 def exp_double(uintptr_t x, uintptr_t y, int64_t n):
-    """y = exp(x) for n doubles at addresses x and y, as the kernels compute it."""
+    """The same for doubles."""
     kernels.exp_double(<const double*>x, <double*>y, n)
 
 
@@ -115,23 +116,19 @@ def expect_writes(uintptr_t address, int64_t n_bytes):
     advise_huge_pages(<char*>address, n_bytes)
 
 
-def loss_types():
-    """(name, flags) of each loss, by its number: DPO_FAST_LOSSES and LossFlags in csrc/preference_loss.h."""
-    return [(loss_name(i).decode(), loss_flags(i)) for i in range(kLossTypes)]
-
-
 cdef int raise_bad_target(const Rows* rows, int64_t row, int64_t k) except -1:
-    cdef int64_t seq = row // rows.rows_per_seq
     place = [row % rows.rows_per_seq]
-    if seq > 0 or rows.rows_per_seq < rows.n_rows:
-        place.insert(0, seq)
+    if rows.rows_per_seq < rows.n_rows:
+        place.insert(0, row // rows.rows_per_seq)
     if rows.n_targets > 1:
         place.append(k)
     target = f"target {rows.targets[row * rows.n_targets + k]} at position {place}"
     raise IndexError(f"{target} is outside [0, {rows.vocab}) and is not ignore_index")
 
 
-cdef int check(BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs) except -1:
+cdef int check(
+    BatchStatus status, const Rows* rows, const Sequences* seqs, const Pairs* pairs, int64_t n_seqs
+) except -1:
     """Raises what the kernels found.
 
     Raises:
@@ -174,7 +171,9 @@ def token_forward(object rows, int threads, object logps, object stats, object s
     check(status, &r, NULL, NULL, 0)
 
 
-def sequence_forward(object rows, object seqs, int threads, object logps, object stats, object seq_logps, bint double_sums):
+def sequence_forward(
+    object rows, object seqs, int threads, object logps, object stats, object seq_logps, bint double_sums
+):
     """Fills logps [rows], stats [rows, 2] (if not None) and seq_logps [n_seqs] (float64 with double_sums).
 
     Raises:

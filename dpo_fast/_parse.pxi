@@ -187,3 +187,8 @@ def loss_parameters():
 def pair_numbers():
     """Names of the numbers that each pair may have of its own: DPO_FAST_PAIR_NUMBERS in csrc/preference_loss.h."""
     return tuple([pair_number_name(i).decode() for i in range(kPairNumbers)])
+
+
+def loss_types():
+    """(name, flags) of each loss, by its number: DPO_FAST_LOSSES and LossFlags in csrc/preference_loss.h."""
+    return [(loss_name(i).decode(), loss_flags(i)) for i in range(kLossTypes)]

@@ -1,6 +1,6 @@
 // A whole batch on the CPU: loops over rows, sequences and pairs, in parallel where they are long. Each function is one
-// fused operation. What depends on values (targets, cu_seqlens, pairs) is checked before anything is read or written
-// through it. They throw std::bad_alloc, and nothing else.
+// fused operation. Values (targets, cu_seqlens, pairs) are checked before anything is read or written
+// through them. They throw std::bad_alloc, and nothing else.
 #pragma once
 
 #include <stdint.h>

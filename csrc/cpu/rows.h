@@ -1,5 +1,5 @@
-// The CPU row functions, which the loops of batch.cpp call. A row of logits is worked on in pieces of kPieceLogits, a
-// place that depends on nothing but the vocabulary's size, so that any thread may take any piece and the merged result
+// The CPU row functions, which the loops of batch.cpp call. A row of logits is worked on in pieces of kPieceLogits.
+// Where they lie depends on nothing but the vocabulary's size: any thread may take any piece, and the merged result
 // keeps every bit.
 #pragma once
 

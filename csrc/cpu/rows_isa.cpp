@@ -188,9 +188,18 @@ double value(const void* x, const LogitTransform& transform) {
   return shift_domain<kKind>(v[0], Consts<V>(transform))[0];
 }
 
+// Where the largest of n contiguous logits comes first; it is looked for by whole vectors.
 template <class Io>
 int64_t first_position(const typename Io::Storage* x, int64_t n, double max) {
-  for (int64_t i = 0; i < n; ++i)
+  using V = typename Io::Vec;
+  int64_t i = 0;
+  for (; i + Io::kElements <= n; i += Io::kElements) {
+    V top = splat<V>(-INFINITY), v[Io::kVectors];
+    Io::load(x + i, v);
+    for (int k = 0; k < Io::kVectors; ++k) top = maximum(v[k], top);
+    if (horizontal_max(top) == max) break;
+  }
+  for (; i < n; ++i)
     if (raw_value<Io>(x + i) == max) return i;
   return -1;  // a block of NaNs
 }
