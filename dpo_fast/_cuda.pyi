@@ -1,111 +1,99 @@
-"""Types of the CUDA binding; addresses are integers, 0 for an absent array."""
+"""Types of the CUDA binding; addresses are integers, None for an absent array (dpo_fast/_arguments.py)."""
 
+from collections.abc import Sequence
 from typing import Any
 
-_Tuple = tuple[Any, ...]
+from dpo_fast._arguments import (
+    Address,
+    KernelGrads,
+    KernelLosses,
+    KernelOut,
+    KernelPairs,
+    KernelRows,
+    KernelSaved,
+    KernelSequences,
+)
+
+# dpo_fast._loss.options.LossOptions
+_LossOptions = tuple[Any, ...]
+# a cudaStream_t and a device
+_Place = tuple[int, int]
 
 SEQ_SAVED: int
 
 def archs() -> list[str]: ...
 def runtime_version() -> tuple[int, int]: ...
 def driver_version() -> tuple[int, int]: ...
-def forward_scratch_bytes(rows: _Tuple) -> int: ...
+def token_statistics() -> tuple[str, ...]: ...
+def loss_parameters() -> tuple[str, ...]: ...
+def pair_numbers() -> tuple[str, ...]: ...
+def forward_scratch_bytes(rows: KernelRows) -> int: ...
 def token_forward(
-    rows: _Tuple,
-    stream: int,
-    device: int,
-    scratch: int,
-    logps: int,
-    stats: int,
-    entropy: int,
-    mean_logits: int,
-    is_top1: int,
-    log_sum_sq_probs: int,
+    rows: KernelRows,
+    place: _Place,
+    scratch: Address,
+    logps: Address,
+    stats: Address,
+    statistics: Sequence[Address] | None,
 ) -> None: ...
 def sequence_forward(
-    rows: _Tuple,
-    seqs: _Tuple,
-    stream: int,
-    device: int,
-    scratch: int,
-    logps: int,
-    stats: int,
-    seq_logps: int,
+    rows: KernelRows,
+    seqs: KernelSequences,
+    place: _Place,
+    scratch: Address,
+    logps: Address,
+    stats: Address,
+    seq_logps: Address,
     double_sums: bool,
-    seq_saved: int,
+    seq_saved: Address,
 ) -> None: ...
 def dpo_forward(
-    rows: _Tuple,
-    seqs: _Tuple,
-    pairs_spec: _Tuple,
-    loss_spec: _Tuple,
-    stream: int,
-    device: int,
-    scratch: int,
+    rows: KernelRows,
+    seqs: KernelSequences,
+    pairs: KernelPairs,
+    loss: _LossOptions,
+    place: _Place,
+    scratch: Address,
     wpo: bool,
-    ref_logps: int,
+    ref_logps: Address,
     ref_double: bool,
-    logps: int,
-    stats: int,
-    entropy: int,
-    mean_logits: int,
-    is_top1: int,
-    log_sum_sq_probs: int,
-    seq_logps: int,
-    loss: int,
-    losses: int,
-    chosen_rewards: int,
-    rejected_rewards: int,
-    pair_grads: int,
-    seq_saved: int,
+    logps: Address,
+    stats: Address,
+    statistics: Sequence[Address] | None,
+    seq_logps: Address,
+    losses: KernelLosses,
+    seq_saved: Address,
 ) -> None: ...
 def backward(
-    rows: _Tuple,
-    seqs: _Tuple | None,
-    pairs_spec: _Tuple | None,
-    stream: int,
-    device: int,
-    scratch: int,
-    logps: int,
-    stats: int,
-    entropy: int,
-    seq_saved: int,
-    pair_grads: int,
-    grad_token_logps: int,
-    grad_entropy: int,
-    grad_seq_logps: int,
-    grad_loss: int,
-    grad_losses: int,
-    grad_logits: int,
-    grad_seq_stride: int,
-    grad_row_stride: int,
-    grad_vocab_stride: int,
+    rows: KernelRows,
+    seqs: KernelSequences | None,
+    pairs: KernelPairs | None,
+    place: _Place,
+    scratch: Address,
+    saved: KernelSaved,
+    grads: KernelGrads,
+    out: KernelOut,
 ) -> None: ...
 def preference_forward(
-    pairs_spec: _Tuple,
-    loss_spec: _Tuple,
+    pairs: KernelPairs,
+    loss: _LossOptions,
     wide: bool,
+    round_sums: bool,
     n_seqs: int,
-    stream: int,
-    device: int,
-    logps: int,
-    ref_logps: int,
+    place: _Place,
+    logps: Address,
+    ref_logps: Address,
     ref_double: bool,
-    lengths: int,
-    loss: int,
-    losses: int,
-    chosen_rewards: int,
-    rejected_rewards: int,
-    pair_grads: int,
+    lengths: Address,
+    losses: KernelLosses,
 ) -> None: ...
 def preference_backward(
-    pairs_spec: _Tuple,
+    pairs: KernelPairs,
     wide: bool,
     n_seqs: int,
-    stream: int,
-    device: int,
-    pair_grads: int,
-    grad_loss: int,
-    grad_losses: int,
-    grad_logps: int,
+    place: _Place,
+    pair_grads: Address,
+    grad_loss: Address,
+    grad_losses: Address,
+    grad_logps: Address,
 ) -> None: ...

@@ -2,22 +2,21 @@
 # distutils: language = c++
 """The CUDA kernels: a binding of the launchers in csrc/cuda.
 
-The functions are those of `_cpu`, with `stream` (a cudaStream_t as an integer) and `device` in place of the number of
+The functions are those of `_cpu`, with `place`, a cudaStream_t and a device as integers, instead of the number of
 threads. Each puts its kernels on the stream and returns; nothing waits, copies or allocates. Arrays come as addresses
-in that device's memory (0: absent). What depends on values is not checked here, because that would wait for the GPU:
-an invalid target or pair gives NaN and reads nothing out of bounds.
+in that device's memory, in the NamedTuples of dpo_fast/_arguments.py. Values are not checked here, because that would
+wait for the GPU: an invalid target or pair gives NaN and reads nothing out of bounds.
 
-`rows` is as in `_cpu`, with one more number at its end: whether the token weights are float64 (else float32). `seqs` is
-(cu_seqlens, n_seqs, average, whether cu_seqlens are int64 (else int32)). `pairs` and `loss` are as in `_cpu`. Reference
-log-probs come with `ref_double`: whether they are float64 (else float32).
-
-What the CPU's backward works out again is kept by forward here, in `seq_saved` [n_seqs, SEQ_SAVED] (float64): by what a
-sum of log-probs is multiplied, the derivative of the reduced loss, and what the loss reads of a sequence.
+What the CPU's backward works out again, forward keeps here in `seq_saved` [n_seqs, SEQ_SAVED] (float64), which it always
+writes. `scratch` is memory that a call needs while it runs: `forward_scratch_bytes` of it in the forward functions.
+Pairs that are named come with `order` and `offsets` wherever gradients of pairs add up to gradients of sequences.
 """
 
 import ctypes
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
+
+from dpo_fast._declarations cimport *
 
 
 cdef extern from "cuda_runtime_api.h" nogil:
@@ -33,85 +32,26 @@ cdef extern from "cuda_runtime_api.h" nogil:
 
 
 cdef extern from "cuda/launch.h" namespace "dpo_fast" nogil:
-    cdef struct LogitTransform:
-        double logit_scale, temperature, softcap
-
-    cdef struct TokenArrays:
-        void* logps
-        void* stats
-        void* entropy
-        void* mean_logits
-        uint8_t* is_top1
-        void* log_sum_sq_probs
-
-    cdef struct GradTensor:
-        char* data
-        int64_t seq_stride, row_stride, vocab_stride
-
-    const int kMaxLossTerms, kLossTypes, kDivergences, kLengths, kSeqSaved
-    int loss_flags(int)
-
-    cdef struct LossOptions:
-        int n_terms
-        int* types
-        double* weights
-        double beta, label_smoothing, discopop_tau, simpo_gamma
-        int divergence
-        double alpha, desirable_weight, undesirable_weight, baseline, tokens_per_pair
-        bint average
-
-    cdef struct CudaRows:
-        const void* logits
-        const int64_t* targets
-        const uint8_t* row_mask
-        const void* weights
-        LogitTransform transform
-        int64_t seq_stride, row_stride, vocab_stride
-        int64_t rows_per_seq, n_rows, vocab, n_targets, ignore_index
-        int32_t logit_type, weights_double
-
-    cdef struct CudaSeqs:
-        const void* cu_seqlens
-        int64_t n_seqs
-        int32_t cu_int64, average
-
-    cdef struct CudaPairs:
-        const int64_t* pairs
-        int64_t n_pairs
-        const double* weights
-        const double* baseline
-        double divisor
-
-    cdef struct CudaLosses:
-        void* loss
-        void* losses
-        void* chosen_rewards
-        void* rejected_rewards
-        double* pair_grads
-
-    cdef struct CudaGrads:
-        const void* token_logps
-        const void* token_entropy
-        const void* seq_logps
-        const void* loss
-        const void* losses
+    const int kSeqSaved
 
 
 cdef extern from "cuda/launch.h" nogil:
-    int64_t dpo_fast_forward_scratch_bytes(const CudaRows*)
-    int dpo_fast_forward(const CudaRows*, const TokenArrays*, void*, void*)
-    int dpo_fast_sequences(const CudaRows*, const CudaSeqs*, const void*, void*, int, double*, void*)
+    int64_t dpo_fast_forward_scratch_bytes(const Rows*)
+    int dpo_fast_forward(const Rows*, const TokenArrays*, void*, void*)
+    int dpo_fast_sequences(const Rows*, const Sequences*, const void*, void*, int, double*, void*)
     int dpo_fast_sequences_and_losses(
-        const CudaRows*, const CudaSeqs*, const CudaPairs*, const LossOptions*, const TokenArrays*, const void*, int,
-        void*, double*, const CudaLosses*, void*)
+        const Rows*, const Sequences*, const Pairs*, const LossOptions*, const TokenArrays*, int, const void*, int,
+        void*, double*, const Losses*, void*)
     int dpo_fast_losses(
-        const CudaPairs*, const LossOptions*, int, int64_t, const void*, const void*, int, const double*,
-        const CudaLosses*, void*)
-    int dpo_fast_losses_backward(
-        const CudaPairs*, int, int64_t, const double*, const void*, const void*, void*, void*)
+        const Pairs*, const LossOptions*, int, int, int64_t, const void*, const void*, int, const double*,
+        const Losses*, void*)
+    int dpo_fast_losses_backward(const Pairs*, int, int64_t, const double*, const Grads*, void*, void*)
     int dpo_fast_backward(
-        const CudaRows*, const CudaSeqs*, const CudaPairs*, const TokenArrays*, const double*, const double*,
-        const CudaGrads*, const GradTensor*, double*, void*)
+        const Rows*, const Sequences*, const Pairs*, const TokenArrays*, const double*, const double*, const Grads*,
+        const GradTensor*, double*, void*)
+
+
+include "_parse.pxi"
 
 
 cdef extern from *:
@@ -174,14 +114,17 @@ cdef int check(int status) except -1:
     raise RuntimeError(text)
 
 
-cdef class _OnDevice:
-    """Makes a device current for a `with` block."""
+cdef class _Place:
+    """A stream, whose device a `with` block makes the current one."""
 
+    cdef void* stream
     cdef int device, before
 
-    def __cinit__(self, int device):
-        self.device = device
-        self.before = device
+    def __cinit__(self, object place):
+        cdef uintptr_t stream
+        stream, self.device = fields(place, "place")
+        self.stream = <void*>stream
+        self.before = self.device
 
     def __enter__(self):
         check(cudaGetDevice(&self.before))
@@ -193,251 +136,187 @@ cdef class _OnDevice:
             check(cudaSetDevice(self.before))
 
 
-cdef int refuse_null(uintptr_t address, int64_t count, str name) except -1:
-    if address == 0 and count > 0:
-        raise ValueError(f"{name} has no memory (a fake or meta tensor?)")
-    return 0
+cdef void* parse_scratch(object scratch, int64_t n_bytes) except? NULL:
+    return <void*>(required(scratch, n_bytes, "scratch") if n_bytes > 0 else 0)
 
 
-cdef CudaRows make_rows(tuple spec) except *:
-    cdef CudaRows rows
-    cdef int64_t n_seqs
-    cdef uintptr_t logits, targets, row_mask, weights
-    (rows.logit_type, n_seqs, rows.rows_per_seq, rows.vocab, rows.seq_stride, rows.row_stride, rows.vocab_stride,
-     rows.n_targets, rows.ignore_index, rows.transform.temperature, rows.transform.logit_scale, rows.transform.softcap,
-     logits, targets, row_mask, weights, rows.weights_double) = spec
-    rows.n_rows = n_seqs * rows.rows_per_seq
-    refuse_null(logits, rows.n_rows, "logits")
-    refuse_null(targets, rows.n_rows * rows.n_targets, "targets")
-    rows.logits = <const void*>logits
-    rows.targets = <const int64_t*>targets
-    rows.row_mask = <const uint8_t*>row_mask
-    rows.weights = <const void*>weights
-    return rows
+cdef Pairs parse_sorted_pairs(object arguments, int64_t n_seqs) except *:
+    """Pairs whose gradients add up to those of their sequences.
 
-
-cdef CudaSeqs make_seqs(tuple spec) except *:
-    cdef CudaSeqs seqs
-    cdef uintptr_t cu_seqlens
-    cu_seqlens, seqs.n_seqs, seqs.average, seqs.cu_int64 = spec
-    seqs.cu_seqlens = <const void*>cu_seqlens
-    return seqs
-
-
-cdef CudaPairs make_pairs(tuple spec, int64_t n_seqs) except *:
-    cdef CudaPairs pairs
-    cdef uintptr_t address, weights, baseline
-    address, pairs.n_pairs, weights, baseline, pairs.divisor = spec
-    pairs.pairs = <const int64_t*>address
-    pairs.weights = <const double*>weights
-    pairs.baseline = <const double*>baseline
-    if pairs.divisor == 0:
-        pairs.divisor = pairs.n_pairs
-    if pairs.pairs == NULL and 2 * pairs.n_pairs > n_seqs:
-        raise ValueError(f"{pairs.n_pairs} pairs need {2 * pairs.n_pairs} sequences, found {n_seqs}")
+    Raises:
+        ValueError: as parse_pairs, and pairs that are named without their order by sequence.
+    """
+    cdef Pairs pairs = parse_pairs(arguments, n_seqs)
+    if pairs.pairs != NULL and (pairs.order == NULL or pairs.offsets == NULL):
+        raise ValueError("order and offsets must be given with pairs, found None")
     return pairs
 
 
-cdef LossOptions make_loss(tuple spec) except *:
-    cdef LossOptions options
-    cdef int i
-    (types, weights, options.beta, options.label_smoothing, options.discopop_tau, options.simpo_gamma,
-     options.divergence, options.alpha, options.desirable_weight, options.undesirable_weight,
-     options.tokens_per_pair, options.average) = spec
-    if len(types) > kMaxLossTerms or len(types) != len(weights):
-        raise ValueError(f"a loss has up to {kMaxLossTerms} terms with a weight each, found {types} and {weights}")
-    if not 0 <= options.divergence < kDivergences:
-        raise ValueError(f"there is no divergence number {options.divergence}")
-    options.n_terms = len(types)
-    options.baseline = 0
-    for i in range(options.n_terms):
-        options.types[i] = types[i]
-        options.weights[i] = weights[i]
-        if not 0 <= options.types[i] < kLossTypes:
-            raise ValueError(f"there is no loss number {options.types[i]}")
-    return options
-
-
-cdef TokenArrays make_arrays(const CudaRows* rows, uintptr_t logps, uintptr_t stats) except *:
-    cdef TokenArrays out
-    refuse_null(logps, rows.n_rows * rows.n_targets, "logps")
-    refuse_null(stats, rows.n_rows, "stats")
-    out.logps = <void*>logps
-    out.stats = <void*>stats
-    out.entropy = NULL
-    out.mean_logits = NULL
-    out.is_top1 = NULL
-    out.log_sum_sq_probs = NULL
+cdef Losses parse_all_losses(object arguments, int64_t n_pairs) except *:
+    """Results of the losses, with pair_grads."""
+    cdef Losses out = parse_losses(arguments, n_pairs)
+    if n_pairs > 0 and out.pair_grads == NULL:
+        raise ValueError("pair_grads must be given, found None")
     return out
 
 
-cdef CudaLosses make_losses(
-    int64_t n_pairs, uintptr_t loss, uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards,
-    uintptr_t pair_grads,
-) except *:
-    cdef CudaLosses out
-    refuse_null(loss, 1, "loss")
-    refuse_null(losses, n_pairs, "losses")
-    refuse_null(chosen_rewards, n_pairs, "chosen_rewards")
-    refuse_null(rejected_rewards, n_pairs, "rejected_rewards")
-    refuse_null(pair_grads, n_pairs, "pair_grads")
-    out.loss = <void*>loss
-    out.losses = <void*>losses
-    out.chosen_rewards = <void*>chosen_rewards
-    out.rejected_rewards = <void*>rejected_rewards
-    out.pair_grads = <double*>pair_grads
-    return out
-
-
-def forward_scratch_bytes(tuple rows):
+def forward_scratch_bytes(object rows):
     """How many bytes of scratch the forward functions need for these rows; 0: none."""
-    cdef CudaRows r = make_rows(rows)
+    cdef Rows r = parse_rows(rows)
     return dpo_fast_forward_scratch_bytes(&r)
 
 
-cdef TokenArrays make_outputs(const CudaRows* rows, uintptr_t scratch, uintptr_t logps, uintptr_t stats) except *:
-    refuse_null(scratch, dpo_fast_forward_scratch_bytes(rows), "scratch")
-    return make_arrays(rows, logps, stats)
+def token_forward(object rows, object place, object scratch, object logps, object stats, object statistics):
+    """Fills logps [rows, n_targets], stats [rows, 2], which backward reads (None: no backward), and those of
+    `statistics` (an address or None for each of `token_statistics()`, or None) that are wanted, [rows] each, is_top1
+    [rows, n_targets].
 
-
-cdef int run_forward(const CudaRows* rows, const TokenArrays* out, uintptr_t scratch, uintptr_t stream) except -1:
-    return check(dpo_fast_forward(rows, out, <void*>scratch, <void*>stream))
-
-
-def token_forward(
-    tuple rows, uintptr_t stream, int device, uintptr_t scratch, uintptr_t logps, uintptr_t stats, uintptr_t entropy,
-    uintptr_t mean_logits, uintptr_t is_top1, uintptr_t log_sum_sq_probs,
-):
-    """Fills logps [rows, n_targets], stats [rows, 2] and those of the other outputs that are not 0."""
-    cdef CudaRows r = make_rows(rows)
-    cdef TokenArrays out = make_outputs(&r, scratch, logps, stats)
-    out.entropy = <void*>entropy
-    out.mean_logits = <void*>mean_logits
-    out.is_top1 = <uint8_t*>is_top1
-    out.log_sum_sq_probs = <void*>log_sum_sq_probs
-    with _OnDevice(device):
-        run_forward(&r, &out, scratch, stream)
+    Raises:
+        ValueError: an address of 0, or None, where there has to be an array.
+        RuntimeError: CUDA's, also in the other functions.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef TokenArrays tokens = parse_tokens(&r, logps, stats, statistics)
+    cdef void* memory = parse_scratch(scratch, dpo_fast_forward_scratch_bytes(&r))
+    cdef _Place at = _Place(place)
+    with at:
+        check(dpo_fast_forward(&r, &tokens, memory, at.stream))
 
 
 def sequence_forward(
-    tuple rows, tuple seqs, uintptr_t stream, int device, uintptr_t scratch, uintptr_t logps, uintptr_t stats,
-    uintptr_t seq_logps, bint double_sums, uintptr_t seq_saved,
+    object rows, object seqs, object place, object scratch, object logps, object stats, object seq_logps,
+    bint double_sums, object seq_saved,
 ):
-    """Fills logps [rows], stats [rows, 2], seq_logps [n_seqs] (float64 with double_sums) and seq_saved."""
-    cdef CudaRows r = make_rows(rows)
-    cdef CudaSeqs q = make_seqs(seqs)
-    cdef TokenArrays out = make_outputs(&r, scratch, logps, stats)
-    refuse_null(seq_logps, q.n_seqs, "seq_logps")
-    refuse_null(seq_saved, q.n_seqs, "seq_saved")
-    with _OnDevice(device):
-        run_forward(&r, &out, scratch, stream)
-        check(dpo_fast_sequences(
-            &r, &q, <const void*>logps, <void*>seq_logps, double_sums, <double*>seq_saved, <void*>stream))
+    """Fills logps [rows], stats [rows, 2] (if not None), seq_logps [n_seqs] (float64 with double_sums) and seq_saved.
+
+    Raises:
+        ValueError: as token_forward.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef Sequences q = parse_sequences(seqs, &r)
+    cdef TokenArrays tokens = parse_tokens(&r, logps, stats, None)
+    cdef void* memory = parse_scratch(scratch, dpo_fast_forward_scratch_bytes(&r))
+    cdef void* sums = <void*>required(seq_logps, q.n_seqs, "seq_logps")
+    cdef double* saved = <double*>required(seq_saved, q.n_seqs, "seq_saved")
+    cdef _Place at = _Place(place)
+    with at:
+        check(dpo_fast_forward(&r, &tokens, memory, at.stream))
+        check(dpo_fast_sequences(&r, &q, tokens.logps, sums, double_sums, saved, at.stream))
 
 
 def dpo_forward(
-    tuple rows, tuple seqs, tuple pairs_spec, tuple loss_spec, uintptr_t stream, int device, uintptr_t scratch,
-    bint wpo, uintptr_t ref_logps, bint ref_double, uintptr_t logps, uintptr_t stats, uintptr_t entropy,
-    uintptr_t mean_logits, uintptr_t is_top1, uintptr_t log_sum_sq_probs, uintptr_t seq_logps, uintptr_t loss,
-    uintptr_t losses, uintptr_t chosen_rewards, uintptr_t rejected_rewards, uintptr_t pair_grads, uintptr_t seq_saved,
+    object rows, object seqs, object pairs, object loss, object place, object scratch, bint wpo, object ref_logps,
+    bint ref_double, object logps, object stats, object statistics, object seq_logps, object losses, object seq_saved,
 ):
-    """Fills logps [rows], stats [rows, 2], the other statistics of tokens [rows] that are not 0 (with wpo,
-    log_sum_sq_probs has to be there), seq_logps [n_seqs], loss [], losses and rewards [n_pairs], pair_grads
-    [n_pairs, 2] (float64, the derivatives of each pair's loss with respect to its two log-probs) and seq_saved."""
-    cdef CudaRows r = make_rows(rows)
-    cdef CudaSeqs q = make_seqs(seqs)
-    cdef CudaPairs p = make_pairs(pairs_spec, q.n_seqs)
-    cdef LossOptions options = make_loss(loss_spec)
-    cdef TokenArrays out = make_outputs(&r, scratch, logps, stats)
-    cdef CudaLosses results = make_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
-    refuse_null(seq_logps, q.n_seqs, "seq_logps")
-    refuse_null(seq_saved, q.n_seqs, "seq_saved")
-    if wpo:
-        refuse_null(log_sum_sq_probs, r.n_rows, "log_sum_sq_probs")
-    out.entropy = <void*>entropy
-    out.mean_logits = <void*>mean_logits
-    out.is_top1 = <uint8_t*>is_top1
-    out.log_sum_sq_probs = <void*>(log_sum_sq_probs if wpo else 0)
-    with _OnDevice(device):
-        run_forward(&r, &out, scratch, stream)
+    """Fills logps [rows], stats [rows, 2] (if not None) and statistics [rows] as token_forward, seq_logps [n_seqs], the
+    arrays of `losses` and seq_saved. ref_logps [n_seqs] are float32, or float64 with ref_double, or None. With wpo,
+    log_sum_sq_probs has to be among the statistics.
+
+    Raises:
+        ValueError: as sequence_forward, and pairs that are named without order and offsets.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef Sequences q = parse_sequences(seqs, &r)
+    cdef Pairs p = parse_sorted_pairs(pairs, q.n_seqs)
+    cdef LossOptions options = parse_loss(loss)
+    cdef void* memory = parse_scratch(scratch, dpo_fast_forward_scratch_bytes(&r))
+    cdef const void* ref = <const void*>optional(ref_logps, q.n_seqs, "ref_logps")
+    cdef TokenArrays tokens = parse_tokens(&r, logps, stats, statistics)
+    cdef void* sums = <void*>required(seq_logps, q.n_seqs, "seq_logps")
+    cdef Losses out = parse_all_losses(losses, p.n_pairs)
+    cdef double* saved = <double*>required(seq_saved, q.n_seqs, "seq_saved")
+    cdef _Place at = _Place(place)
+    if wpo and r.n_rows > 0 and tokens.statistics[kStatistic_log_sum_sq_probs] == NULL:
+        raise ValueError("log_sum_sq_probs must be given with wpo, found None")
+    with at:
+        check(dpo_fast_forward(&r, &tokens, memory, at.stream))
         check(dpo_fast_sequences_and_losses(
-            &r, &q, &p, &options, &out, <const void*>ref_logps, ref_double, <void*>seq_logps, <double*>seq_saved,
-            &results, <void*>stream))
+            &r, &q, &p, &options, &tokens, wpo, ref, ref_double, sums, saved, &out, at.stream))
 
 
-def backward(
-    tuple rows, tuple seqs, tuple pairs_spec, uintptr_t stream, int device, uintptr_t scratch, uintptr_t logps,
-    uintptr_t stats, uintptr_t entropy, uintptr_t seq_saved, uintptr_t pair_grads, uintptr_t grad_token_logps,
-    uintptr_t grad_entropy, uintptr_t grad_seq_logps, uintptr_t grad_loss, uintptr_t grad_losses,
-    uintptr_t grad_logits, int64_t grad_seq_stride, int64_t grad_row_stride, int64_t grad_vocab_stride,
-):
-    """Fills grad_logits (which may be the logits) from what forward left and the incoming gradients of the token
-    log-probs and entropy, of the sequence log-probs (with `seqs`), and of the loss (with `pairs_spec`).
+def backward(object rows, object seqs, object pairs, object place, object scratch, object saved, object grads, object out):
+    """Fills the gradient of the logits (which may be the logits) from what forward left and the incoming gradients of
+    tokens, of the sequence log-probs (with `seqs`), and of the losses (with `seqs` and `pairs`, else None).
 
-    seq_saved is read with `seqs`; pair_grads and scratch (float64 [n_seqs]) only with grad_losses."""
-    cdef CudaRows r = make_rows(rows)
-    cdef TokenArrays saved = make_arrays(&r, logps, stats)
-    cdef CudaSeqs q
-    cdef CudaPairs p
-    cdef CudaGrads grads
-    cdef GradTensor out
-    refuse_null(grad_logits, r.n_rows, "grad_logits")
-    if grad_entropy:
-        refuse_null(entropy, r.n_rows, "entropy")
-    if seqs is not None:
-        q = make_seqs(seqs)
-        refuse_null(seq_saved, q.n_seqs, "seq_saved")
-        if pairs_spec is not None:
-            p = make_pairs(pairs_spec, q.n_seqs)
-    if grad_losses:
-        if seqs is None or pairs_spec is None:
-            raise ValueError("grad_losses needs seqs and pairs")
-        refuse_null(pair_grads, p.n_pairs, "pair_grads")
-        refuse_null(scratch, q.n_seqs, "scratch")
-    saved.entropy = <void*>entropy
-    grads.token_logps = <const void*>grad_token_logps
-    grads.token_entropy = <const void*>grad_entropy
-    grads.seq_logps = <const void*>grad_seq_logps
-    grads.loss = <const void*>grad_loss
-    grads.losses = <const void*>grad_losses
-    out.data = <char*>grad_logits
-    out.seq_stride = grad_seq_stride
-    out.row_stride = grad_row_stride
-    out.vocab_stride = grad_vocab_stride
-    with _OnDevice(device):
+    seq_saved is read with `seqs`; the order of the pairs, pair_grads and scratch (float64 [n_seqs]) only with a gradient
+    of `losses`, which costs one launch more.
+
+    Raises:
+        ValueError: as dpo_forward.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef Sequences q
+    cdef Pairs p
+    cdef int64_t n_seqs = -1, n_pairs = -1
+    cdef bint with_seqs = seqs is not None, with_pairs = seqs is not None and pairs is not None
+    cdef const double* from_seqs = NULL
+    cdef const double* pair_derivatives = NULL
+    cdef double* memory = NULL
+    logps, stats, entropy, pair_grads, seq_saved = fields(saved, "saved")
+    cdef TokenArrays tokens = parse_tokens(&r, logps, required(stats, r.n_rows, "stats"), None)
+    cdef GradTensor grad_logits = parse_out(out, &r)
+    cdef _Place at = _Place(place)
+    if with_seqs:
+        q = parse_sequences(seqs, &r)
+        n_seqs = q.n_seqs
+        from_seqs = <const double*>required(seq_saved, n_seqs, "seq_saved")
+    if with_pairs:
+        p = parse_pairs(pairs, n_seqs)
+        n_pairs = p.n_pairs
+    cdef Grads incoming = parse_grads(grads, &r, n_seqs, n_pairs)
+    if incoming.losses != NULL:
+        p = parse_sorted_pairs(pairs, n_seqs)
+        pair_derivatives = <const double*>required(pair_grads, n_pairs, "pair_grads")
+        memory = <double*>parse_scratch(scratch, 8 * n_seqs)
+    if incoming.entropy != NULL:
+        tokens.statistics[kStatistic_entropy] = <void*>required(entropy, r.n_rows, "entropy")
+    with at:
         check(dpo_fast_backward(
-            &r, &q if seqs is not None else NULL, &p if pairs_spec is not None else NULL, &saved,
-            <const double*>seq_saved, <const double*>pair_grads, &grads, &out, <double*>scratch, <void*>stream))
+            &r, &q if with_seqs else NULL, &p if with_pairs else NULL, &tokens, from_seqs, pair_derivatives, &incoming,
+            &grad_logits, memory, at.stream))
 
 
 def preference_forward(
-    tuple pairs_spec, tuple loss_spec, bint wide, int64_t n_seqs, uintptr_t stream, int device, uintptr_t logps,
-    uintptr_t ref_logps, bint ref_double, uintptr_t lengths, uintptr_t loss, uintptr_t losses,
-    uintptr_t chosen_rewards, uintptr_t rejected_rewards, uintptr_t pair_grads,
+    object pairs, object loss, bint wide, bint round_sums, int64_t n_seqs, object place, object logps,
+    object ref_logps, bint ref_double, object lengths, object losses,
 ):
     """As the end of dpo_forward, from logps [n_seqs] of float32, or float64 if `wide`, and the lengths [n_seqs]
-    (float64) where the loss reads them."""
-    cdef CudaPairs p = make_pairs(pairs_spec, n_seqs)
-    cdef LossOptions options = make_loss(loss_spec)
-    cdef CudaLosses results = make_losses(p.n_pairs, loss, losses, chosen_rewards, rejected_rewards, pair_grads)
-    refuse_null(logps, n_seqs, "logps")
-    if any(loss_flags(t) & kLengths for t in loss_spec[0]):
-        refuse_null(lengths, n_seqs, "lengths")
-    with _OnDevice(device):
+    (float64) where the loss reads them. round_sums: the logps are sums for logits of a type below float64, and are
+    rounded to float32 where ref_logps are float32.
+
+    Raises:
+        ValueError: as token_forward.
+    """
+    cdef Pairs p = parse_pairs(pairs, n_seqs)
+    cdef LossOptions options = parse_loss(loss)
+    cdef const void* values = <const void*>required(logps, n_seqs, "logps")
+    cdef const void* ref = <const void*>optional(ref_logps, n_seqs, "ref_logps")
+    cdef const double* tokens = <const double*>optional(lengths, n_seqs, "lengths")
+    cdef Losses out = parse_all_losses(losses, p.n_pairs)
+    cdef _Place at = _Place(place)
+    if reads_lengths(options):
+        required(lengths, n_seqs, "lengths")
+    with at:
         check(dpo_fast_losses(
-            &p, &options, wide, n_seqs, <const void*>logps, <const void*>ref_logps, ref_double,
-            <const double*>lengths, &results, <void*>stream))
+            &p, &options, wide, round_sums, n_seqs, values, ref, ref_double, tokens, &out, at.stream))
 
 
 def preference_backward(
-    tuple pairs_spec, bint wide, int64_t n_seqs, uintptr_t stream, int device, uintptr_t pair_grads,
-    uintptr_t grad_loss, uintptr_t grad_losses, uintptr_t grad_logps,
+    object pairs, bint wide, int64_t n_seqs, object place, object pair_grads, object grad_loss, object grad_losses,
+    object grad_logps,
 ):
-    """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses (0: none)."""
-    cdef CudaPairs p = make_pairs(pairs_spec, n_seqs)
-    refuse_null(pair_grads, p.n_pairs, "pair_grads")
-    refuse_null(grad_logps, n_seqs, "grad_logps")
-    with _OnDevice(device):
-        check(dpo_fast_losses_backward(
-            &p, wide, n_seqs, <const double*>pair_grads, <const void*>grad_loss, <const void*>grad_losses,
-            <void*>grad_logps, <void*>stream))
+    """Fills grad_logps [n_seqs] from the incoming gradients of loss and losses (None: none).
+
+    Raises:
+        ValueError: as token_forward, and pairs that are named without order and offsets.
+    """
+    cdef Pairs p = parse_sorted_pairs(pairs, n_seqs)
+    cdef const double* derivatives = <const double*>required(pair_grads, p.n_pairs, "pair_grads")
+    cdef Grads grads
+    cdef void* out = <void*>required(grad_logps, n_seqs, "grad_logps")
+    cdef _Place at = _Place(place)
+    grads.token_logps = grads.entropy = grads.lse = grads.seq_logps = NULL
+    grads.loss = <const void*>optional(grad_loss, 1, "grad_loss")
+    grads.losses = <const void*>optional(grad_losses, p.n_pairs, "grad_losses")
+    with at:
+        check(dpo_fast_losses_backward(&p, wide, n_seqs, derivatives, &grads, out, at.stream))

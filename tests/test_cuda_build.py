@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_fast import _checks
+from dpo_fast import _cpu
+from dpo_fast._arguments import (
+    KernelGrads,
+    KernelLosses,
+    KernelOut,
+    KernelPairs,
+    KernelRows,
+    KernelSaved,
+    KernelSequences,
+)
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "build/ptxas.txt"
@@ -111,52 +120,122 @@ def test_no_kernel_spills_or_has_local_memory(cuda):
     assert [k for k in kernels if any(int(n) for n in k[2:])] == []
 
 
-OPTIONS = (-100, 1.0, 1.0, 0.0)
-HEAD = _checks.rows_head(0, (3, 5), (5, 1), 1, OPTIONS)
-ROWS = (*HEAD, 0, 0, 0, 0, False)
-PAIRS = (0, 1, 0, 0, 0.0)
-LOSS = ((0,), (1.0,), 0.1, 0.0, 0.05, 0.5, 0, 0.5, 1.0, 1.0, 0.0, False)
+PLACE = (0, 0)
+SEQS = KernelSequences(None, True, 3, False)
+PAIRS = KernelPairs(None, 1, 0.0, None, (None,) * len(_cpu.pair_numbers()))
+LOSS = ((0,), (1.0,), (0.1,) * len(_cpu.loss_parameters()), 0, False)
+OUT = KernelOut(1, 5, 5, 1)
+# 1: an address that is not read, because another one is refused first
+LOSSES = KernelLosses(1, 1, 1, 1, 1)
+SAVED = KernelSaved(1, 1, 1, 1, 1)
+NO_GRADS = KernelGrads(*[None] * 6)
 
 
-def rows_on_the_host() -> tuple[tuple[object, ...], list[np.ndarray]]:
-    x, targets = np.zeros((3, 5), np.float32), np.zeros(3, np.int64)
-    return (*HEAD, x.ctypes.data, targets.ctypes.data, 0, 0, False), [x, targets]
+def some_rows(logits: int | None = 1, targets: int | None = 1, width: int = 5, **others: object) -> KernelRows:
+    """Three sequences of one row."""
+    rows = KernelRows(0, 3, 1, width, width, width, 1, 1, -100, 1.0, 1.0, 0.0, 0, logits, targets, None, None, False)
+    return rows._replace(**others)
 
 
-def test_null_pointers_are_refused(cuda):
-    rows, _alive = rows_on_the_host()
-    seqs = (0, 2, False, True)
-    calls = [
-        lambda: cuda.token_forward(ROWS, 0, 0, *[0] * 7),
-        lambda: cuda.token_forward(rows, 0, 0, *[0] * 7),
-        lambda: cuda.sequence_forward(rows, seqs, 0, 0, 0, 1, 1, 0, False, 0),
-        lambda: cuda.dpo_forward(rows, seqs, PAIRS, LOSS, 0, 0, 0, False, 0, False, 1, 1, 0, 0, 0, 0, 1, *[0] * 6),
-        lambda: cuda.backward(rows, None, None, 0, 0, *[0] * 12, 5, 5, 1),
-        lambda: cuda.backward(rows, seqs, None, 0, 0, 0, 1, 1, *[0] * 8, 1, 5, 5, 1),
-        lambda: cuda.preference_forward(PAIRS, LOSS, False, 2, 0, 0, 0, 0, False, 0, *[0] * 5),
-        lambda: cuda.preference_backward(PAIRS, False, 2, 0, 0, *[0] * 4),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match="has no memory"):
-            call()
-    # cut into pieces, for whose sums there must be room
-    many = (*_checks.rows_head(0, (3, 40000), (40000, 1), 1, OPTIONS), *rows[len(HEAD) :])
-    assert cuda.forward_scratch_bytes(rows) == 0
-    assert cuda.forward_scratch_bytes(many) > 0
-    with pytest.raises(ValueError, match="scratch has no memory"):
-        cuda.token_forward(many, 0, 0, 0, 1, 1, 0, 0, 0, 0)
+def statistics(**given: int) -> tuple[int | None, ...]:
+    return tuple(given.get(name) for name in _cpu.token_statistics())
+
+
+def refused_calls(cuda) -> dict[str, tuple[object, ...]]:
+    """By what is wrong: a function and arguments for it, all good but one."""
+    token, sequence, dpo = cuda.token_forward, cuda.sequence_forward, cuda.dpo_forward
+    preference, back = cuda.preference_forward, cuda.preference_backward
+    rows, named, sorted_ = some_rows(), PAIRS._replace(pairs=1), PAIRS._replace(pairs=1, order=1, offsets=1)
+    tail = (1, LOSSES, 1)  # of dpo_forward: seq_logps, losses, seq_saved
+
+    def whole(*, pairs=PAIRS, wpo=False, ref=None, logps=1, stats=1, found=None, end=tail):
+        return (dpo, rows, SEQS, pairs, LOSS, PLACE, None, wpo, ref, False, logps, stats, found, *end)
+
+    def backward(saved=SAVED, out=OUT, pairs=PAIRS, scratch=1, **grads):
+        return (cuda.backward, rows, SEQS, pairs, PLACE, scratch, saved, NO_GRADS._replace(**grads), out)
+
+    def number(name):
+        return PAIRS._replace(numbers=tuple(0 if name == n else None for n in _cpu.pair_numbers()))
+
+    calls = {
+        "logits": (token, some_rows(logits=0), PLACE, None, 1, 1, None),
+        "targets": (token, some_rows(targets=0), PLACE, None, 1, 1, None),
+        "row_mask": (token, some_rows(row_mask=0), PLACE, None, 1, 1, None),
+        "token_weights": (token, some_rows(token_weights=0), PLACE, None, 1, 1, None),
+        "logps": (token, rows, PLACE, None, 0, 1, None),
+        "stats": (token, rows, PLACE, None, 1, 0, None),
+        "scratch": (token, some_rows(width=40000), PLACE, 0, 1, 1, None),
+        "cu_seqlens": (sequence, rows, SEQS._replace(cu_seqlens=0), PLACE, None, 1, 1, 1, False, 1),
+        "seq_logps": (sequence, rows, SEQS, PLACE, None, 1, 1, 0, False, 1),
+        "seq_saved": (sequence, rows, SEQS, PLACE, None, 1, 1, 1, False, 0),
+        "pairs": whole(pairs=PAIRS._replace(pairs=0, order=1, offsets=1)),
+        "order": whole(pairs=sorted_._replace(order=0)),
+        "offsets": whole(pairs=sorted_._replace(offsets=0)),
+        "baseline": whole(pairs=PAIRS._replace(baseline=0)),
+        "ref_logps": whole(ref=0),
+        "grad_logits": backward(out=OUT._replace(data=0)),
+        "pair_grads": backward(losses=1, saved=SAVED._replace(pair_grads=0)),
+        "entropy": backward(entropy=1, saved=SAVED._replace(entropy=0)),
+        "lengths": (preference, PAIRS, LOSS, False, True, 2, PLACE, 1, None, False, 0, LOSSES),
+        "grad_logps": (back, PAIRS, False, 2, PLACE, 1, None, None, 0),
+    }
+    calls |= {f"pair_{name}": whole(pairs=number(name)) for name in _cpu.pair_numbers()}
+    calls |= {f"statistic {name}": whole(found=statistics(**{name: 0})) for name in _cpu.token_statistics()}
+    losses = {f"losses {name}": whole(end=(1, LOSSES._replace(**{name: 0}), 1)) for name in LOSSES._fields}
+    grads = {f"grad_{name}": backward(**{name: 0}) for name in NO_GRADS._fields}
+    absent = {
+        "logits None": (token, some_rows(logits=None), PLACE, None, 1, 1, None),
+        "scratch None": (token, some_rows(width=40000), PLACE, None, 1, 1, None),
+        "order None": whole(pairs=named),
+        "order None in backward": backward(pairs=named, losses=1),
+        "order None of losses alone": (back, named, False, 2, PLACE, 1, None, None, 1),
+        "log_sum_sq_probs None": whole(wpo=True),
+        "pair_grads None": whole(end=(1, LOSSES._replace(pair_grads=None), 1)),
+        "scratch None in backward": backward(losses=1, scratch=None),
+        "seq_saved None": backward(saved=SAVED._replace(seq_saved=None)),
+    }
+    return {**calls, **losses, **grads, **absent}
+
+
+def test_missing_memory_is_refused(cuda):
+    """An address of 0 for what is given, and None for what there has to be; each names the argument."""
+    for name, (function, *arguments) in refused_calls(cuda).items():
+        argument = name.removeprefix("statistic ").removeprefix("losses ").split()[0]
+        says = "must be given.* found None" if " None" in name else "has no memory"
+        with pytest.raises(ValueError, match=f"{argument} .*{says}"):
+            function(*arguments)
+
+
+def test_sequences_have_the_rows_there_are(cuda):
+    seqs = SEQS._replace(n_seqs=2)
+    with pytest.raises(ValueError, match="2 sequences of 1 rows are not the 3 rows there are"):
+        cuda.sequence_forward(some_rows(), seqs, PLACE, None, 1, 1, 1, False, 1)
+    with pytest.raises(ValueError, match="2 sequences of 1 rows are not the 3 rows there are"):
+        cuda.backward(some_rows(), seqs, None, PLACE, None, SAVED, NO_GRADS, OUT)
+
+
+def test_scratch_is_needed_for_rows_in_pieces(cuda):
+    assert cuda.forward_scratch_bytes(some_rows()) == 0
+    assert cuda.forward_scratch_bytes(some_rows(width=40000)) > 0
+    assert cuda.forward_scratch_bytes(some_rows(width=40000, valid_vocab=5)) == 0
+
+
+def test_tables_are_those_of_the_cpu_kernels(cuda):
+    assert cuda.token_statistics() == _cpu.token_statistics()
+    assert cuda.loss_parameters() == _cpu.loss_parameters()
+    assert cuda.pair_numbers() == _cpu.pair_numbers()
 
 
 def test_a_call_that_cannot_run_raises(cuda):
     """Without a GPU every call does; with one, a device that is not there."""
-    rows, alive = rows_on_the_host()
-    out = np.zeros(6, np.float32)
+    x, targets, out = np.zeros((3, 5), np.float32), np.zeros(3, np.int64), np.zeros(6, np.float32)
+    rows = some_rows(x.ctypes.data, targets.ctypes.data)
     with pytest.raises(RuntimeError, match=r"CUDA error cuda\w+: ") as error:
-        cuda.token_forward(rows, 0, 12345, 0, out.ctypes.data, out.ctypes.data, 0, 0, 0, 0)
+        cuda.token_forward(rows, (0, 12345), None, out.ctypes.data, out.ctypes.data, None)
     if "InsufficientDriver" in str(error.value):
         needed = "CUDA {}.{}".format(*cuda.runtime_version())
         assert re.search(rf"The NVIDIA driver (is absent|serves CUDA [\d.]+); .*{needed}", str(error.value))
-    assert alive[0].sum() == 0
+    assert out.sum() == 0
 
 
 # A driver of CUDA 12.4, as far as asking for its version goes; the runtime's other questions are answered by errors.
@@ -181,7 +260,7 @@ def test_an_old_driver_is_named(cuda, tmp_path):
         from dpo_fast import _cuda, cli
         print(cli.cuda_build())
         try:
-            _cuda.preference_backward((0, 1, 0, 0, 0.0), False, 2, 0, 0, 1, 1, 1, 1)
+            _cuda.preference_backward((None, 1, 0.0, None, (None, None, None), None, None), False, 2, (0, 0), 1, 1, 1, 1)
         except RuntimeError as error:
             print(error)
         print(dpo_fast.numpy.preference_loss(np.zeros(2)).loss)

@@ -1,5 +1,5 @@
-// The backward row kernel: one read and one write per logit of the kept rows, zeros for the ignored ones. A block takes
-// one piece of one row; the gradient may go into the logits' own memory.
+// The backward row kernel: one read and one write per logit of the rows that have a gradient, zeros for the others and
+// for the padding. A block takes one piece of one row; the gradient may go into the logits' own memory.
 #pragma once
 
 #include "forward.h"
@@ -7,23 +7,20 @@
 namespace dpo_fast {
 
 struct BackwardArgs {
-  CudaRows rows;
-  CudaSeqs seqs;
+  Rows rows;
+  Sequences seqs;
   TokenArrays saved;
-  CudaGrads grads;
+  Grads grads;
   GradTensor out;
   Pieces pieces;
   int64_t first_row;        // of this launch
   const double* seq_saved;  // [n_seqs, kSeqSaved], null: gradients of tokens only
   const double* seq_grads;  // [n_seqs], null: dloss/dlogp times the gradient of the loss
+  double unit;              // unit_scale: a division that would need registers here
 };
 
-__device__ inline int64_t seq_bound(const CudaSeqs& seqs, int64_t s) {
-  return seqs.cu_int64 ? ((const int64_t*)seqs.cu_seqlens)[s] : ((const int32_t*)seqs.cu_seqlens)[s];
-}
-
 // The sequence that holds a row; n_seqs: none does.
-__device__ inline int64_t seq_of(const CudaRows& rows, const CudaSeqs& seqs, int64_t row) {
+__device__ inline int64_t seq_of(const Rows& rows, const Sequences& seqs, int64_t row) {
   if (!seqs.cu_seqlens) return row / rows.rows_per_seq;
   int64_t low = 0, high = seqs.n_seqs;  // the last s with bound(s) <= row
   while (low < high) {
@@ -36,21 +33,18 @@ __device__ inline int64_t seq_of(const CudaRows& rows, const CudaSeqs& seqs, int
   return seq_bound(seqs, 0) > row ? seqs.n_seqs : low;
 }
 
-// What the sequence's gradient adds to that of each of the row's log-probs.
-__device__ inline double row_grad_from_seq(const BackwardArgs& a, int64_t row, bool wide) {
+// The sequence's gradient as it reaches each of the row's log-probs.
+__device__ inline double row_grad_from_seq(const BackwardArgs& a, int64_t row) {
   if (!a.seq_saved) return 0;
   const int64_t s = seq_of(a.rows, a.seqs, row);
   if (s >= a.seqs.n_seqs) return 0;
+  const bool wide = is_wide(a.rows);
   double g = a.grads.seq_logps ? load_number(a.grads.seq_logps, s, wide) : 0;
-  if (a.seq_grads) {
+  if (a.seq_grads)
     g += a.seq_grads[s];
-  } else if (a.grads.loss) {
-    const double common = load_number(a.grads.loss, 0, wide);
-    if (common != 0)
-      g += common * a.seq_saved[kSeqSaved * s + kSeqGrad];  // no gradient, no part in it: a derivative may be NaN
-  }
-  const double factor = a.seq_saved[kSeqSaved * s + kFactor];
-  return factor == 0 ? 0 : g * factor * row_weight(a.rows, row);
+  else if (a.grads.loss)
+    g += vanishing(load_number(a.grads.loss, 0, wide), a.seq_saved[kSeqSaved * s + kSeqGrad]);
+  return grad_from_seq(g, a.seq_saved[kSeqSaved * s + kNorm], row_weight(a.rows, row));
 }
 
 // A row's coefficients in the kernels' precision; the slope of a plain scaling is part of them.
@@ -64,30 +58,26 @@ struct PieceGrad {
   using Compute = typename T::Compute;
   static constexpr bool kWide = T::kType == kFloat64;
 
-  // Gradient of the k-th target's log-prob; with an invalid one among them the row has none.
-  __device__ static double target_grad_logp(const BackwardArgs& a, int64_t row, int64_t k, double from_seq) {
-    const int64_t i = row * a.rows.n_targets + k;
-    if (!in_vocab(a.rows, a.rows.targets[i])) return NAN;
-    return from_seq + (a.grads.token_logps ? load_number(a.grads.token_logps, i, kWide) : 0);
+  // Without kEntropy the compiler knows that there is no gradient of the entropy.
+  __device__ static RowIncoming incoming(const BackwardArgs& a, int64_t row) {
+    Grads grads = a.grads;
+    if constexpr (!kEntropy) grads.entropy = nullptr;
+    return row_incoming(a.rows, grads, row, row_grad_from_seq(a, row));
   }
 
-  __device__ static double row_grad_logp(const BackwardArgs& a, int64_t row, double from_seq) {
-    double g = 0;
-#pragma unroll 1
-    for (int64_t k = 0; k < a.rows.n_targets; ++k) g += target_grad_logp(a, row, k, from_seq);
-    return g;
+  // Read only where its gradient is not 0.
+  __device__ static double entropy_of(const BackwardArgs& a, int64_t row, const RowIncoming& in) {
+    return kEntropy && in.entropy != 0 ? load_number(a.saved.statistics[kStatistic_entropy], row, kWide) : 0;
   }
 
-  __device__ static RowCoefs<Compute> coefs(const BackwardArgs& a, int64_t row) {
-    const double shift = load_number(a.saved.stats, 2 * row, kWide);
-    const double inv_sum = load_number(a.saved.stats, 2 * row + 1, kWide);
-    const double g = row_grad_logp(a, row, row_grad_from_seq(a, row, kWide));
-    const double slope = kCapped ? 1 : unit_scale(a.rows.transform);
-    if constexpr (!kEntropy) return {(Compute)shift, (Compute)(-g * inv_sum * slope), 0, 0};
-    const RowGrad r = row_grad(shift, inv_sum, load_number(a.saved.entropy, row, kWide), g,
-                               load_number(a.grads.token_entropy, row, kWide));
+  __device__ static RowCoefs<Compute> coefs(const BackwardArgs& a, int64_t row, const RowIncoming& in) {
+    const RowGrad r = row_grad(load_number(a.saved.stats, 2 * row, kWide),
+                               load_number(a.saved.stats, 2 * row + 1, kWide), entropy_of(a, row, in), in);
+    const double slope = kCapped ? 1 : a.unit;
+    if constexpr (!kEntropy) return {(Compute)r.shift, (Compute)(r.coef * slope), 0, 0};
     // entropy_coef is that of t, whose unit differs from that of d
-    return {(Compute)shift, (Compute)(r.coef * slope), (Compute)(r.entropy_coef * slope / Exponential<Compute>::kScale),
+    return {(Compute)r.shift, (Compute)(r.coef * slope),
+            (Compute)(r.entropy_coef * slope / Exponential<Compute>::kScale),
             (Compute)(r.mean_d * Exponential<Compute>::kScale)};
   }
 
@@ -112,17 +102,18 @@ struct PieceGrad {
   }
 
   // The true-class term of the target that is first of its value among the row's: formed in float64, rounded once.
-  __device__ static typename T::Storage target_term(const BackwardArgs& a, int64_t row, int64_t k, double from_seq) {
-    const double total = row_grad_logp(a, row, from_seq);
+  __device__ static typename T::Storage target_term(const BackwardArgs& a, int64_t row, int64_t k) {
+    conceal(row);
+    const RowIncoming in = incoming(a, row);
+    const double from_seq = row_grad_from_seq(a, row);
     const int64_t* targets = a.rows.targets + row * a.rows.n_targets;
     double g = 0;
 #pragma unroll 1
     for (int64_t i = k; i < a.rows.n_targets; ++i)
-      if (targets[i] == targets[k]) g += target_grad_logp(a, row, i, from_seq);
+      if (targets[i] == targets[k]) g += target_incoming(a.rows, a.grads, row * a.rows.n_targets + i, from_seq);
     const double logp = load_number(a.saved.logps, row * a.rows.n_targets + k, kWide);
-    const double entropy = kEntropy ? load_number(a.saved.entropy, row, kWide) : 0;
-    const double h = kEntropy ? load_number(a.grads.token_entropy, row, kWide) : 0;
-    double slope = unit_scale(a.rows.transform);
+    const double entropy = entropy_of(a, row, in);
+    double slope = a.unit;
     if constexpr (kCapped) {
       // z from its log-prob: the logit may be overwritten by now
       const double z =
@@ -131,7 +122,7 @@ struct PieceGrad {
       const double u = z * t.temperature / t.softcap;
       slope = t.logit_scale / t.temperature * (1 - u * u);
     }
-    return T::storage((Compute)(target_grad(logp, g, total, entropy, h) * slope));
+    return T::storage((Compute)(target_grad(logp, g, entropy, in) * slope));
   }
 };
 
@@ -139,7 +130,14 @@ struct PieceGrad {
 // 16-byte boundary, whole vectors, the rest.
 template <class T>
 struct Owners {
-  int head, n_vecs;
+  int head = 0, n_vecs = 0;
+  // n logits from dx on; whole vectors only where they follow each other (`dense`).
+  __device__ Owners(const typename T::Storage* dx, bool dense, int n) {
+    if (!dense) return;
+    head = (int)((16 - (uintptr_t)dx % 16) % 16 / sizeof(typename T::Storage));
+    if (head > n) head = n;
+    n_vecs = (n - head) / kVecLogits<T>;
+  }
   __device__ int operator()(int64_t i) const {
     if (i < head) return (int)i;
     i -= head;
@@ -153,7 +151,7 @@ __device__ inline void store_vec(typename T::Storage* p, const Vec16& v) {
   *(uint4*)p = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
 }
 
-// Zeros, or the gradient of n logits, but for the true-class terms.
+// Zeros for n logits.
 template <class T>
 __device__ inline void zero_piece(typename T::Storage* dx, int64_t stride, int n, Owners<T> owners) {
   const int vec_logits = owners.n_vecs * kVecLogits<T>;
@@ -165,9 +163,10 @@ __device__ inline void zero_piece(typename T::Storage* dx, int64_t stride, int n
   for (int i = owners.head + vec_logits + threadIdx.x; i < n; i += kRowThreads) dx[i * stride] = 0;
 }
 
+// The gradient of n logits, but for the true-class terms.
 template <class T, bool kCapped, bool kEntropy>
-__device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const typename T::Storage* x,
-                                  typename T::Storage* dx, int n, Owners<T> owners) {
+__device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const RowIncoming& in,
+                                  const typename T::Storage* x, typename T::Storage* dx, int n, Owners<T> owners) {
   using Compute = typename T::Compute;
   using Piece = PieceGrad<T, kCapped, kEntropy>;
   const Transform<Compute, kCapped> transform(a.rows.transform);
@@ -177,7 +176,7 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
   Vec16 v[kLoads];
   int j = threadIdx.x;
   if (j < owners.n_vecs) logits.load_turn(j, v);  // on their way while the coefficients are formed
-  const RowCoefs<Compute> c = Piece::coefs(a, row);
+  const RowCoefs<Compute> c = Piece::coefs(a, row, in);
   while (j < owners.n_vecs) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -198,6 +197,26 @@ __device__ inline void grad_piece(const BackwardArgs& a, int64_t row, const type
     Piece::store_grad(dx + i * dx_stride, x + i * stride, c, transform);
 }
 
+__device__ inline int64_t row_of_block(const BackwardArgs& a) { return a.first_row + blockIdx.x; }
+
+// The thread that wrote a target's gradient writes the right one over it.
+template <class T, bool kCapped, bool kEntropy>
+__device__ inline void write_target_grads(const BackwardArgs& a, typename T::Storage* dx, int64_t start, int n,
+                                          const Owners<T>& owners) {
+  int64_t row = row_of_block(a);
+  conceal(row);
+  const int64_t* targets = a.rows.targets + row * a.rows.n_targets;
+#pragma unroll 1
+  for (int64_t k = 0; k < a.rows.n_targets; ++k) {
+    const int64_t i = targets[k] - start;
+    if (i < 0 || i >= n || owners(i) != (int)threadIdx.x) continue;
+    bool first = true;
+#pragma unroll 1
+    for (int64_t earlier = 0; earlier < k; ++earlier) first = first && targets[earlier] != targets[k];
+    if (first) dx[i * a.out.vocab_stride] = PieceGrad<T, kCapped, kEntropy>::target_term(a, row, k);
+  }
+}
+
 template <class T, bool kCapped, bool kEntropy>
 constexpr int kBackwardBlocks = T::kType == kFloat64 ? 1
                                 : !kEntropy          ? 4
@@ -208,39 +227,29 @@ template <class T, bool kCapped, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, (kBackwardBlocks<T, kCapped, kEntropy>))
     backward_kernel(BackwardArgs a) {
   using Storage = typename T::Storage;
-  const int64_t row = a.first_row + blockIdx.x, start = blockIdx.y * a.pieces.size, rest = a.rows.vocab - start;
+  const int64_t row = row_of_block(a), start = blockIdx.y * a.pieces.size, rest = a.rows.vocab - start;
   const int n = (int)(rest < a.pieces.size ? rest : a.pieces.size);
   Storage* dx = (Storage*)a.out.data + row_offset(row, a.rows.rows_per_seq, a.out.seq_stride, a.out.row_stride) +
                 start * a.out.vocab_stride;
-  Owners<T> owners{0, 0};
-  if (a.out.vocab_stride == 1 && a.rows.vocab_stride == 1) {
-    const int head = (int)((16 - (uintptr_t)dx % 16) % 16 / sizeof(Storage));
-    owners.head = head < n ? head : n;
-    owners.n_vecs = (n - owners.head) / kVecLogits<T>;
+  const int padding = (int)(a.rows.width - a.rows.vocab);
+  if (padding > 0 && blockIdx.y == a.pieces.count - 1) {
+    typename T::Storage* end = dx + n * a.out.vocab_stride;
+    zero_piece<T>(end, a.out.vocab_stride, padding, Owners<T>(end, a.out.vocab_stride == 1, padding));
   }
-  if (row_state_of(a.rows, row) == kIgnored) {
+  const Owners<T> owners(dx, a.out.vocab_stride == 1 && a.rows.vocab_stride == 1, n);
+  // loaded beside what row_state looks at
+  const RowIncoming in = PieceGrad<T, kCapped, kEntropy>::incoming(a, row);
+  if (row_state(a.rows, row) == kRowIgnored || !in.any) {
     zero_piece<T>(dx, a.out.vocab_stride, n, owners);
     return;
   }
-  grad_piece<T, kCapped, kEntropy>(a, row, row_logits<T>(a.rows, row) + start * a.rows.vocab_stride, dx, n, owners);
-  // The thread that wrote a target's gradient writes the right one over it.
-  const int64_t* targets = a.rows.targets + row * a.rows.n_targets;
-#pragma unroll 1
-  for (int64_t k = 0; k < a.rows.n_targets; ++k) {
-    const int64_t i = targets[k] - start;
-    if (i < 0 || i >= n || owners(i) != (int)threadIdx.x) continue;
-    bool first = true;
-#pragma unroll 1
-    for (int64_t earlier = 0; earlier < k; ++earlier) first = first && targets[earlier] != targets[k];
-    if (!first) continue;
-    dx[i * a.out.vocab_stride] =
-        PieceGrad<T, kCapped, kEntropy>::target_term(a, row, k, row_grad_from_seq(a, row, T::kType == kFloat64));
-  }
+  grad_piece<T, kCapped, kEntropy>(a, row, in, row_logits<T>(a.rows, row) + start * a.rows.vocab_stride, dx, n, owners);
+  write_target_grads<T, kCapped, kEntropy>(a, dx, start, n, owners);
 }
 
 template <class T, bool kCapped>
 int launch_backward(BackwardArgs a, void* stream) {
-  auto* kernel = a.grads.token_entropy ? backward_kernel<T, kCapped, true> : backward_kernel<T, kCapped, false>;
+  auto* kernel = a.grads.entropy ? backward_kernel<T, kCapped, true> : backward_kernel<T, kCapped, false>;
   return launch_all(a.rows.n_rows, [&](int64_t first, unsigned blocks) {
     a.first_row = first;
     return DPO_FAST_LAUNCH(kernel, dim3(blocks, a.pieces.count), kRowThreads, stream, a);

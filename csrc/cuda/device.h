@@ -28,6 +28,19 @@ DPO_FAST_HD To bits_as(From from) {
   return to;
 }
 
+// The compiler takes x for a new value: what follows from it is formed again, which needs no registers until then.
+__device__ inline void conceal(double& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+d"(x));
+#endif
+}
+
+__device__ inline void conceal(int64_t& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(x));
+#endif
+}
+
 // --- memory ----------------------------------------------------------------------------------------------------------
 
 struct alignas(16) Vec16 {
@@ -269,43 +282,6 @@ __device__ inline int64_t warp_min(int64_t x) {
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 
-__device__ inline double load_number(const void* array, int64_t i, bool wide) {
-  return wide ? ((const double*)array)[i] : ((const float*)array)[i];
-}
-
-__device__ inline void store_number(void* array, int64_t i, double x, bool wide) {
-  if (wide)
-    ((double*)array)[i] = x;
-  else
-    ((float*)array)[i] = (float)x;
-}
-
-__device__ inline double row_weight(const CudaRows& rows, int64_t row) {
-  return rows.weights ? load_number(rows.weights, row, rows.weights_double) : 1;
-}
-
-enum RowState { kIgnored, kKept, kBadTarget };
-
-__device__ inline bool in_vocab(const CudaRows& rows, int64_t target) { return target >= 0 && target < rows.vocab; }
-
-__device__ inline RowState row_state_of(const CudaRows& rows, int64_t row) {
-  if (rows.row_mask && !rows.row_mask[row]) return kIgnored;
-  if (rows.weights && row_weight(rows, row) == 0) return kIgnored;
-  RowState state = kKept;
-  for (int64_t k = 0; k < rows.n_targets; ++k) {
-    const int64_t target = rows.targets[row * rows.n_targets + k];
-    if (target == rows.ignore_index && rows.ignore_index != kIgnoreNothing) return kIgnored;
-    if (!in_vocab(rows, target)) state = kBadTarget;
-  }
-  return state;
-}
-
-// Where in memory row `row` starts, in elements.
-DPO_FAST_HD int64_t row_offset(int64_t row, int64_t rows_per_seq, int64_t seq_stride, int64_t row_stride) {
-  const int64_t seq = row / rows_per_seq;
-  return seq * seq_stride + (row - seq * rows_per_seq) * row_stride;
-}
-
 // How a row is cut: pieces of at most kSmallPiece logits, more in a very long row. Nothing but V decides.
 constexpr int64_t kSmallPiece = 16384;
 constexpr int kMaxPieces = 16;
@@ -317,6 +293,7 @@ struct Pieces {
 };
 
 DPO_FAST_HD Pieces pieces_of(int64_t vocab) {
+  if (vocab < 1) return Pieces{kPieceMultiple, 1};
   int64_t count = (vocab + kSmallPiece - 1) / kSmallPiece;
   if (count > kMaxPieces) count = kMaxPieces;
   int64_t size = (vocab + count - 1) / count;
@@ -326,7 +303,7 @@ DPO_FAST_HD Pieces pieces_of(int64_t vocab) {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / kWarp;
-// 16-byte loads that a thread issues together, a turn of its loop ahead of their use.
+// 16-byte loads that a thread issues together, before it uses the first of them.
 constexpr int kLoads = 4;
 
 // A stretch of a row's logits as vectors of 16 bytes, the last one filled up with -inf. Vector j holds the same logits

@@ -8,7 +8,7 @@
 namespace dpo_fast {
 
 struct ForwardArgs {
-  CudaRows rows;
+  Rows rows;
   TokenArrays out;
   RowPart* parts;  // [rows, pieces], null: a block takes a whole row
   Pieces pieces;
@@ -23,7 +23,7 @@ struct ThreadSums {
   Compute shift;
   Compute max;                    // of the raw logits
   Compute sum[2];                 // two chains of additions
-  Compute sum_et, sum_sq, sum_z;  // t: the exponential's argument; z / kMeanScale
+  Compute sum_et, sum_sq, sum_z;  // t: the exponential's argument; z: in the shift domain, over kMeanScale
   Vec16 top;                      // the first vector that holds max
   int top_index;
 
@@ -120,7 +120,8 @@ __device__ inline void add_stretch(const Stretch<T, false>& logits,
 // The warp's sums, in lane 0.
 template <class T, bool kCapped, bool kExtras>
 __device__ inline RowPart warp_part(const ThreadSums<T, kCapped>& s,
-                                    const Transform<typename T::Compute, kCapped>& transform, int64_t piece_start) {
+                                    const Transform<typename T::Compute, kCapped>& transform, double unit,
+                                    int64_t piece_start) {
   using Compute = typename T::Compute;
   const Compute shift = warp_max(s.shift);
   const Compute d = s.shift == shift ? 0 : larger((s.shift - shift) * transform.factor, Exponential<Compute>::kLow);
@@ -133,7 +134,7 @@ __device__ inline RowPart warp_part(const ThreadSums<T, kCapped>& s,
     const double nats = 1 / Exponential<Compute>::kScale;
     part.sum_ed = nats * warp_sum((s.sum_et + sum * d) * f);
     part.sum_sq = warp_sum(s.sum_sq * (f * f));
-    part.sum_z = kMeanScale * warp_sum((double)s.sum_z);
+    part.sum_z = kMeanScale * unit * warp_sum((double)s.sum_z);
     const Compute max = warp_max(s.max);
     int64_t first = INT64_MAX;
     if (s.top_index >= 0 && s.max == max) {
@@ -167,47 +168,53 @@ __device__ inline RowPart merge_lanes(RowPart part, double unit, bool extras) {
 }
 
 template <class T>
-__device__ inline const typename T::Storage* row_logits(const CudaRows& rows, int64_t row) {
+__device__ inline const typename T::Storage* row_logits(const Rows& rows, int64_t row) {
   return (const typename T::Storage*)rows.logits + row_offset(row, rows.rows_per_seq, rows.seq_stride, rows.row_stride);
 }
 
 // Writes a kept row's outputs from its merged sums, which every lane of the calling warp holds.
 template <class T, bool kCapped>
-__device__ inline void finish_row(const CudaRows& rows, int64_t row, const RowPart& total, const TokenArrays& out,
+__device__ inline void finish_row(const Rows& rows, int64_t row, const RowPart& total, const TokenArrays& out,
                                   int lane) {
   using Compute = typename T::Compute;
   constexpr bool kWide = T::kType == kFloat64;
   const Transform<Compute, kCapped> transform(rows.transform);
   const double unit = unit_scale(rows.transform);
   const typename T::Storage* x = row_logits<T>(rows, row);
+  uint8_t* is_top1 = (uint8_t*)out.statistics[kStatistic_is_top1];
   for (int64_t k = lane; k < rows.n_targets; k += kWarp) {
     const int64_t i = row * rows.n_targets + k, target = rows.targets[i];
     const bool valid = in_vocab(rows, target);
     const double value = valid ? (double)transform(T::value(x[target * rows.vocab_stride])) : NAN;
     store_number(out.logps, i, row_logp(total, value, unit), kWide);
-    // without a largest logit (all -inf, which a soft-cap makes finite) the first one counts
-    if (out.is_top1) out.is_top1[i] = valid && (total.argmax < 0 ? 0 : total.argmax) == target && total.sum > 0;
+    if (is_top1) is_top1[i] = valid && row_is_top1(total, target);
   }
   if (lane != 0) return;
-  store_number(out.stats, 2 * row, total.shift, kWide);
-  store_number(out.stats, 2 * row + 1, 1 / total.sum, kWide);
-  if (out.entropy) store_number(out.entropy, row, row_entropy(total), kWide);
-  if (out.mean_logits) store_number(out.mean_logits, row, total.sum_z * unit / rows.vocab, kWide);
-  if (out.log_sum_sq_probs) store_number(out.log_sum_sq_probs, row, row_log_sum_sq_probs(total), kWide);
+  if (out.stats) {
+    store_number(out.stats, 2 * row, total.shift, kWide);
+    store_number(out.stats, 2 * row + 1, 1 / total.sum, kWide);
+  }
+#pragma unroll
+  for (int i = 0; i < kStatistics; ++i)
+    if (out.statistics[i] && i != kStatistic_is_top1)
+      store_number(out.statistics[i], row, row_statistic(i, total, unit, rows.vocab), kWide);
 }
 
-__device__ inline void finish_ignored_row(const CudaRows& rows, int64_t row, const TokenArrays& out, int lane) {
-  const bool wide = rows.logit_type == kFloat64;
+__device__ inline void finish_ignored_row(const Rows& rows, int64_t row, const TokenArrays& out, int lane) {
+  const bool wide = is_wide(rows);
+  uint8_t* is_top1 = (uint8_t*)out.statistics[kStatistic_is_top1];
   for (int64_t k = lane; k < rows.n_targets; k += kWarp) {
     store_number(out.logps, row * rows.n_targets + k, 0, wide);
-    if (out.is_top1) out.is_top1[row * rows.n_targets + k] = 0;
+    if (is_top1) is_top1[row * rows.n_targets + k] = 0;
   }
   if (lane != 0) return;
-  store_number(out.stats, 2 * row, 0, wide);
-  store_number(out.stats, 2 * row + 1, 0, wide);
-  if (out.entropy) store_number(out.entropy, row, 0, wide);
-  if (out.mean_logits) store_number(out.mean_logits, row, 0, wide);
-  if (out.log_sum_sq_probs) store_number(out.log_sum_sq_probs, row, 0, wide);
+  if (out.stats) {
+    store_number(out.stats, 2 * row, 0, wide);
+    store_number(out.stats, 2 * row + 1, 0, wide);
+  }
+#pragma unroll
+  for (int i = 0; i < kStatistics; ++i)
+    if (out.statistics[i] && i != kStatistic_is_top1) store_number(out.statistics[i], row, 0, wide);
 }
 
 // Blocks per multiprocessor that the registers must allow: as many as go without spilling.
@@ -227,7 +234,7 @@ __global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kExtras>)) for
   const int64_t row = a.first_row + blockIdx.x;
   const int first = blockIdx.y * a.pieces_per_block, left = a.pieces.count - first;
   const int count = left < a.pieces_per_block ? left : a.pieces_per_block;
-  if (row_state_of(a.rows, row) == kIgnored) {
+  if (row_state(a.rows, row) == kRowIgnored) {
     if (!split && warp == 0) finish_ignored_row(a.rows, row, a.out, lane);
     return;
   }
@@ -239,7 +246,7 @@ __global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kExtras>)) for
     ThreadSums<T, kCapped> sums(transform);
     add_stretch<T, kCapped, kExtras>(Stretch<T, false>(x + start * a.rows.vocab_stride, a.rows.vocab_stride, n, rest),
                                      transform, sums);
-    const RowPart part = warp_part<T, kCapped, kExtras>(sums, transform, start);
+    const RowPart part = warp_part<T, kCapped, kExtras>(sums, transform, unit, start);
     if (lane == 0) warp_parts[i * kRowWarps + warp] = part;
   }
   __syncthreads();
@@ -258,10 +265,10 @@ __global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<T, kExtras>)) for
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kRowThreads, 2) finish_kernel(ForwardArgs a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const bool extras = a.out.entropy || a.out.mean_logits || a.out.is_top1 || a.out.log_sum_sq_probs;
+  const bool extras = wants_extras(a.out);
   const int64_t row = a.first_row + (int64_t)blockIdx.x * kRowWarps + warp;
   if (row >= a.rows.n_rows) return;
-  if (row_state_of(a.rows, row) == kIgnored) {
+  if (row_state(a.rows, row) == kRowIgnored) {
     finish_ignored_row(a.rows, row, a.out, lane);
     return;
   }
@@ -282,7 +289,7 @@ int launch_all(int64_t units, const Launch& launch) {
 
 template <class T, bool kCapped>
 int launch_forward(ForwardArgs a, void* stream) {
-  const bool extras = a.out.entropy || a.out.mean_logits || a.out.is_top1 || a.out.log_sum_sq_probs;
+  const bool extras = wants_extras(a.out);
   auto* kernel = extras ? forward_kernel<T, kCapped, true> : forward_kernel<T, kCapped, false>;
   const unsigned split = (a.pieces.count + a.pieces_per_block - 1) / a.pieces_per_block;
   const int status = launch_all(a.rows.n_rows, [&](int64_t first, unsigned blocks) {

@@ -12,29 +12,30 @@ DPO_FAST_ROW_KERNELS(extern template, Float16)
 
 namespace {
 
-// As many blocks of the forward kernel there should be: enough to fill a large GPU a few times over, so that the last
+// Blocks that the forward kernel should have: enough to fill a large GPU a few times over, so that the last
 // blocks to run cost little, and not more, because each begins and ends with some microseconds of waiting.
 constexpr int64_t kEnoughBlocks = 2048;
-// Positions within a piece are 32-bit numbers.
-constexpr int64_t kMaxVocab = (int64_t)1 << 34;
+// Positions within a piece, and in the padding, are 32-bit numbers.
+constexpr int64_t kMaxVocab = (int64_t)1 << 34, kMaxPadding = (int64_t)1 << 30;
 
 // How many of a row's pieces a block takes.
-int pieces_per_block(const CudaRows& rows) {
+int pieces_per_block(const Rows& rows) {
   const int pieces = pieces_of(rows.vocab).count;
   if (rows.n_rows >= kEnoughBlocks) return pieces;
   const int64_t share = rows.n_rows * pieces / kEnoughBlocks;
   return share > 1 ? (int)share : 1;
 }
 
-bool is_split(const CudaRows& rows) { return pieces_per_block(rows) < pieces_of(rows.vocab).count; }
+bool is_split(const Rows& rows) { return pieces_per_block(rows) < pieces_of(rows.vocab).count; }
 
 // Calls `launch<T, kCapped>(args, stream)`, or another function of that form, for the rows' type and transform.
 template <class Args>
 using Launch = int (*)(Args, void*);
 
 template <class Args>
-int launch_for(const CudaRows& rows, const Launch<Args> (&table)[kLogitTypes][2], const Args& args, void* stream) {
-  if (rows.logit_type < 0 || rows.logit_type >= kLogitTypes || rows.vocab >= kMaxVocab) return cudaErrorInvalidValue;
+int launch_for(const Rows& rows, const Launch<Args> (&table)[kLogitTypes][2], const Args& args, void* stream) {
+  if (rows.logit_type < 0 || rows.logit_type >= kLogitTypes) return cudaErrorInvalidValue;
+  if (rows.vocab >= kMaxVocab || rows.width - rows.vocab >= kMaxPadding) return cudaErrorInvalidValue;
   return table[rows.logit_type][rows.transform.softcap > 0](args, stream);
 }
 
@@ -52,24 +53,14 @@ constexpr Launch<BackwardArgs> kBackward[kLogitTypes][2] = {
     {launch_backward<Float16, false>, launch_backward<Float16, true>},
 };
 
-BatchArgs batch_of_rows(const CudaRows* rows, const CudaSeqs* seqs, void* seq_logps, double* seq_saved) {
+BatchArgs batch_of_rows(const Rows* rows, const Sequences* seqs, void* seq_logps, double* seq_saved) {
   BatchArgs a{};
   a.rows = *rows;
   a.seqs = *seqs;
   a.seq_logps = seq_logps;
   a.seq_saved = seq_saved;
-  a.wide = a.seq_logps_double = rows->logit_type == kFloat64;
+  a.wide = a.seq_logps_double = is_wide(*rows);
   return a;
-}
-
-void set_losses(BatchArgs& a, const CudaPairs* pairs, const LossOptions* options, const void* ref_logps, int ref_double,
-                const CudaLosses* out) {
-  a.pairs = *pairs;
-  a.options = *options;
-  a.ref_logps = ref_logps;
-  a.ref_double = ref_double;
-  a.out = *out;
-  for (int i = 0; i < options->n_terms; ++i) a.unpaired = a.unpaired || loss_flags(options->types[i]) & kUnpaired;
 }
 
 }  // namespace
@@ -77,18 +68,18 @@ void set_losses(BatchArgs& a, const CudaPairs* pairs, const LossOptions* options
 
 using namespace dpo_fast;
 
-int64_t dpo_fast_forward_scratch_bytes(const CudaRows* rows) {
+int64_t dpo_fast_forward_scratch_bytes(const Rows* rows) {
   return is_split(*rows) ? rows->n_rows * pieces_of(rows->vocab).count * (int64_t)sizeof(RowPart) : 0;
 }
 
-int dpo_fast_forward(const CudaRows* rows, const TokenArrays* out, void* scratch, void* stream) {
+int dpo_fast_forward(const Rows* rows, const TokenArrays* out, void* scratch, void* stream) {
   if (rows->n_rows == 0) return 0;
   RowPart* parts = is_split(*rows) ? (RowPart*)scratch : nullptr;
   const ForwardArgs a{*rows, *out, parts, pieces_of(rows->vocab), pieces_per_block(*rows), 0};
   return launch_for(*rows, kForward, a, stream);
 }
 
-int dpo_fast_sequences(const CudaRows* rows, const CudaSeqs* seqs, const void* logps, void* seq_logps,
+int dpo_fast_sequences(const Rows* rows, const Sequences* seqs, const void* logps, void* seq_logps,
                        int seq_logps_double, double* seq_saved, void* stream) {
   if (seqs->n_seqs == 0) return 0;
   BatchArgs a = batch_of_rows(rows, seqs, seq_logps, seq_saved);
@@ -97,37 +88,52 @@ int dpo_fast_sequences(const CudaRows* rows, const CudaSeqs* seqs, const void* l
   return launch_batch(a, stream);
 }
 
-int dpo_fast_sequences_and_losses(const CudaRows* rows, const CudaSeqs* seqs, const CudaPairs* pairs,
-                                  const LossOptions* options, const TokenArrays* tokens, const void* ref_logps,
-                                  int ref_double, void* seq_logps, double* seq_saved, const CudaLosses* out,
-                                  void* stream) {
+int dpo_fast_sequences_and_losses(const Rows* rows, const Sequences* seqs, const Pairs* pairs,
+                                  const LossOptions* options, const TokenArrays* tokens, int wpo, const void* ref_logps,
+                                  int ref_double, void* seq_logps, double* seq_saved, const Losses* out, void* stream) {
   BatchArgs a = batch_of_rows(rows, seqs, seq_logps, seq_saved);
   a.tokens = *tokens;
-  a.wpo = tokens->log_sum_sq_probs != nullptr;
-  set_losses(a, pairs, options, ref_logps, ref_double, out);
+  a.wpo = wpo;
+  a.pairs = *pairs;
+  a.options = *options;
+  a.numbers = SequenceNumbers{seq_saved + kSeqGrad,
+                              reads_lengths(*options) ? seq_saved + kLength : nullptr,
+                              wpo ? seq_saved + kSeqWeight : nullptr,
+                              kSeqSaved,
+                              seqs->n_seqs,
+                              ref_logps,
+                              true,
+                              ref_double != 0,
+                              !a.wide,
+                              any_term(*options, kUnpaired)};
+  a.out = *out;
   return launch_batch(a, stream);
 }
 
-int dpo_fast_losses(const CudaPairs* pairs, const LossOptions* options, int wide, int64_t n_seqs, const void* logps,
-                    const void* ref_logps, int ref_double, const double* lengths, const CudaLosses* out, void* stream) {
+int dpo_fast_losses(const Pairs* pairs, const LossOptions* options, int wide, int round_sums, int64_t n_seqs,
+                    const void* logps, const void* ref_logps, int ref_double, const double* lengths, const Losses* out,
+                    void* stream) {
   BatchArgs a{};
-  a.seqs.n_seqs = n_seqs;
-  a.logps = logps;
-  a.lengths = lengths;
+  a.pairs = *pairs;
+  a.options = *options;
+  a.numbers = SequenceNumbers{logps,           lengths,
+                              nullptr,         1,
+                              n_seqs,          ref_logps,
+                              wide != 0,       ref_double != 0,
+                              round_sums != 0, any_term(*options, kUnpaired)};
+  a.out = *out;
   a.wide = wide;
-  set_losses(a, pairs, options, ref_logps, ref_double, out);
   return launch_batch(a, stream);
 }
 
-int dpo_fast_losses_backward(const CudaPairs* pairs, int wide, int64_t n_seqs, const double* pair_grads,
-                             const void* grad_loss, const void* grad_losses, void* grad_logps, void* stream) {
+int dpo_fast_losses_backward(const Pairs* pairs, int wide, int64_t n_seqs, const double* pair_grads, const Grads* grads,
+                             void* grad_logps, void* stream) {
   if (n_seqs == 0) return 0;
-  return launch_seq_grads(
-      SeqGradArgs{*pairs, n_seqs, pair_grads, grad_loss, grad_losses, grad_logps, wide != 0, wide != 0, 0}, stream);
+  return launch_seq_grads(SeqGradArgs{*pairs, *grads, n_seqs, pair_grads, grad_logps, wide != 0, wide != 0, 0}, stream);
 }
 
-int dpo_fast_backward(const CudaRows* rows, const CudaSeqs* seqs, const CudaPairs* pairs, const TokenArrays* saved,
-                      const double* seq_saved, const double* pair_grads, const CudaGrads* grads, const GradTensor* out,
+int dpo_fast_backward(const Rows* rows, const Sequences* seqs, const Pairs* pairs, const TokenArrays* saved,
+                      const double* seq_saved, const double* pair_grads, const Grads* grads, const GradTensor* out,
                       double* scratch, void* stream) {
   if (rows->n_rows == 0) return 0;
   BackwardArgs a{};
@@ -136,14 +142,14 @@ int dpo_fast_backward(const CudaRows* rows, const CudaSeqs* seqs, const CudaPair
   a.grads = *grads;
   a.out = *out;
   a.pieces = pieces_of(rows->vocab);
+  a.unit = unit_scale(rows->transform);
   if (seqs) {
     a.seqs = *seqs;
     a.seq_saved = seq_saved;
   }
   if (grads->losses && seqs) {
-    const bool wide = rows->logit_type == kFloat64;
     const int status = launch_seq_grads(
-        SeqGradArgs{*pairs, seqs->n_seqs, pair_grads, grads->loss, grads->losses, scratch, wide, true, 0}, stream);
+        SeqGradArgs{*pairs, *grads, seqs->n_seqs, pair_grads, scratch, is_wide(*rows), true, 0}, stream);
     if (status != 0) return status;
     a.seq_grads = scratch;
   }

@@ -11,29 +11,26 @@ constexpr int kBatchThreads = 256;
 constexpr int kBatchWarps = kBatchThreads / kWarp;
 
 struct BatchArgs {
-  CudaRows rows;
-  CudaSeqs seqs;
-  CudaPairs pairs;
+  Rows rows;
+  Sequences seqs;
+  Pairs pairs;
   LossOptions options;
   TokenArrays tokens;
-  const void* logps;      // [n_seqs], null: the sums of tokens.logps
-  const void* ref_logps;  // [n_seqs], null: none
-  const double* lengths;  // [n_seqs], null: counted, if logps are
-  void* seq_logps;        // [n_seqs]
-  double* seq_saved;      // [n_seqs, kSeqSaved]
-  CudaLosses out;         // loss null: sequences only
-  bool wide, ref_double, seq_logps_double;
-  bool wpo, unpaired;
+  SequenceNumbers numbers;  // what the losses read of the sequences
+  void* seq_logps;          // [n_seqs]
+  double* seq_saved;        // [n_seqs, kSeqSaved], null: log-probs of sequences are given, in `numbers`
+  Losses out;               // loss null: sequences only
+  bool wide, seq_logps_double;
+  bool wpo;
 };
 
 struct SeqGradArgs {
-  CudaPairs pairs;
+  Pairs pairs;
+  Grads grads;  // of loss and losses
   int64_t n_seqs;
   const double* pair_grads;  // [n_pairs, 2]
-  const void* grad_loss;
-  const void* grad_losses;
-  void* grad_seqs;  // [n_seqs]
-  bool wide;        // of the incoming gradients
+  void* grad_seqs;           // [n_seqs]
+  bool wide;                 // of the incoming gradients
   bool grad_double;
   int64_t first_seq;  // of this launch
 };

@@ -14,14 +14,16 @@ from ctypes import c_bool, c_double, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+import kernel_calls
 import torch
-from dpo_fast._sequences import wide_type
 from torch import Tensor
 
-from dpo_fast import _checks, _loss_options
-from dpo_fast.ops import LOGIT_TYPES
+from dpo_fast import _cpu
 
 SEQ_SAVED = 4  # enum SeqSaved in csrc/cuda/launch.h
+STATISTICS = _cpu.token_statistics()
+PAIR_NUMBERS = _cpu.pair_numbers()
+LOGIT_TYPES = {getattr(torch, name): number for number, name in enumerate(kernel_calls.LOGIT_TYPES)}
 ROOT = Path(__file__).parents[2]
 # the sanitized library is built with more of them (test_cuda_host.py)
 FLAGS = os.environ.get("DPO_FAST_CUDA_HOST_FLAGS", "-O2").split()
@@ -77,15 +79,30 @@ class Rows(_Struct):
     _fields_ = [
         *[(n, c_void_p) for n in ("logits", "targets", "row_mask", "weights")],
         ("transform", Transform),
-        *[(n, c_int64) for n in ("seq_stride", "row_stride", "vocab_stride", "rows_per_seq", "n_rows", "vocab")],
-        *[(n, c_int64) for n in ("n_targets", "ignore_index")],
-        ("logit_type", c_int32),
-        ("weights_double", c_int32),
+        *[(n, c_int64) for n in ("seq_stride", "row_stride", "vocab_stride", "rows_per_seq", "n_rows", "n_targets")],
+        *[(n, c_int64) for n in ("width", "vocab", "ignore_index")],
+        *[(n, c_int32) for n in ("logit_type", "weights_double")],
     ]
 
 
-class Seqs(_Struct):
+class TokenArrays(_Struct):
+    _fields_ = [("logps", c_void_p), ("stats", c_void_p), ("statistics", c_void_p * len(STATISTICS))]
+
+
+class Sequences(_Struct):
     _fields_ = [("cu_seqlens", c_void_p), ("n_seqs", c_int64), ("cu_int64", c_int32), ("average", c_int32)]
+
+
+class Pairs(_Struct):
+    _fields_ = [
+        ("pairs", c_void_p),
+        ("n_pairs", c_int64),
+        ("numbers", c_void_p * len(PAIR_NUMBERS)),
+        ("baseline", c_void_p),
+        ("divisor", c_double),
+        ("order", c_void_p),
+        ("offsets", c_void_p),
+    ]
 
 
 class LossOptions(_Struct):
@@ -93,20 +110,10 @@ class LossOptions(_Struct):
         ("n_terms", c_int),
         ("types", c_int * 8),
         ("weights", c_double * 8),
-        *[(n, c_double) for n in ("beta", "label_smoothing", "discopop_tau", "simpo_gamma")],
+        *[(name, c_double) for name in _cpu.loss_parameters()],
         ("divergence", c_int),
-        *[(n, c_double) for n in ("alpha", "desirable_weight", "undesirable_weight", "baseline", "tokens_per_pair")],
+        ("baseline", c_double),
         ("average", c_bool),
-    ]
-
-
-class Pairs(_Struct):
-    _fields_ = [
-        ("pairs", c_void_p),
-        ("n_pairs", c_int64),
-        ("weights", c_void_p),
-        ("baseline", c_void_p),
-        ("divisor", c_double),
     ]
 
 
@@ -114,12 +121,8 @@ class Losses(_Struct):
     _fields_ = [(n, c_void_p) for n in ("loss", "losses", "chosen_rewards", "rejected_rewards", "pair_grads")]
 
 
-class TokenArrays(_Struct):
-    _fields_ = [(n, c_void_p) for n in ("logps", "stats", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")]
-
-
 class Grads(_Struct):
-    _fields_ = [(n, c_void_p) for n in ("token_logps", "token_entropy", "seq_logps", "loss", "losses")]
+    _fields_ = [(n, c_void_p) for n in ("token_logps", "entropy", "lse", "seq_logps", "loss", "losses")]
 
 
 class GradTensor(_Struct):
@@ -129,6 +132,17 @@ class GradTensor(_Struct):
 def address(tensor: Tensor | None) -> int | None:
     assert tensor is None or tensor.numel() == 0 or tensor.is_contiguous()
     return None if tensor is None else tensor.data_ptr()
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of float arrays beside the logits."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def strides(x: Tensor) -> dict[str, int]:
+    """By the structs' names."""
+    seq_stride = x.stride(0) if x.dim() == 3 else 0
+    return {"seq_stride": seq_stride, "row_stride": x.stride(-2), "vocab_stride": x.stride(-1)}
 
 
 class Kernels:
@@ -164,37 +178,37 @@ class Batch:
         temperature: float = 1.0,
         logit_scale: float = 1.0,
         softcap: float = 0.0,
+        valid_vocab: int = 0,
     ) -> None:
         self.kernels, self.logits, self.targets = kernels, logits.detach(), targets.contiguous()
         self.wide = wide_type(logits.dtype)
-        layout = _checks.row_layout(logits.shape, logits.stride())
         self.n_targets = targets.shape[-1] if targets.dim() == logits.dim() else 1
         self.alive = (row_mask, weights, cu_seqlens)
+        n_rows = logits.shape[:-1].numel()
         self.rows = Rows(
             logits=logits.data_ptr(),
             targets=self.targets.data_ptr(),
             row_mask=address(row_mask),
             weights=address(weights),
             transform=Transform(logit_scale=logit_scale, temperature=temperature, softcap=softcap),
-            seq_stride=layout.seq_stride,
-            row_stride=layout.row_stride,
-            vocab_stride=layout.vocab_stride,
-            rows_per_seq=layout.rows_per_seq,
-            n_rows=layout.n_seqs * layout.rows_per_seq,
-            vocab=layout.vocab,
+            **strides(logits),
+            rows_per_seq=logits.shape[-2],
+            n_rows=n_rows,
             n_targets=self.n_targets,
+            width=logits.shape[-1],
+            vocab=valid_vocab or logits.shape[-1],
             ignore_index=ignore_index,
             logit_type=LOGIT_TYPES[logits.dtype],
             weights_double=weights is not None and weights.dtype is torch.float64,
         )
         self.n_seqs = logits.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        self.seqs = Seqs(
+        self.seqs = Sequences(
             cu_seqlens=address(cu_seqlens),
             n_seqs=self.n_seqs,
             cu_int64=cu_seqlens is not None and cu_seqlens.dtype is torch.int64,
             average=average,
         )
-        self.entropy: Tensor | None = None
+        self.statistics: dict[str, Tensor] = {}
         self.pairs: Pairs | None = None
         self.pair_grads: Tensor | None = None
 
@@ -202,18 +216,26 @@ class Batch:
         """Memory in which nothing that was not written looks right."""
         return torch.full(shape, 77, dtype=dtype or self.wide)
 
-    def forward(self, extras: bool = False) -> Batch:
+    def forward(self, *names: str, stats: bool = True) -> Batch:
+        """names: of the statistics wanted."""
         lead, shape = self.logits.shape[:-1], self.targets.shape
         self.logps, self.stats = self.new(*shape), self.new(*lead, 2)
-        out = TokenArrays(logps=self.logps.data_ptr(), stats=self.stats.data_ptr())
-        if extras:
-            self.entropy, self.mean_logits, self.log_sum_sq_probs = (self.new(*lead) for _ in range(3))
-            self.is_top1 = self.new(*shape, dtype=torch.uint8)
-            for name in ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1"):
-                setattr(out, name, getattr(self, name).data_ptr())
+        for name in names:
+            top1 = name == "is_top1"
+            self.statistics[name] = self.new(*shape, dtype=torch.uint8) if top1 else self.new(*lead)
+        out = self.token_arrays(*names)
+        if not stats:
+            out.stats = None
         n_bytes = self.kernels.lib.dpo_fast_forward_scratch_bytes(ctypes.byref(self.rows))
         self.kernels.call("forward", self.rows, out, torch.full((n_bytes,), 77, dtype=torch.uint8))
         return self
+
+    def token_arrays(self, *names: str) -> TokenArrays:
+        """What forward left, with these statistics."""
+        found = [address(self.statistics[name]) if name in names else None for name in STATISTICS]
+        return TokenArrays(
+            logps=self.logps.data_ptr(), stats=self.stats.data_ptr(), statistics=(c_void_p * len(STATISTICS))(*found)
+        )
 
     def sequences(self, double: bool = False) -> Tensor:
         self.seq_saved = self.new(self.n_seqs, SEQ_SAVED, dtype=torch.float64)
@@ -227,76 +249,80 @@ class Batch:
         pairs: Tensor | None = None,
         *,
         mean: bool = True,
-        weights: Tensor | None = None,
+        numbers: dict[str, Tensor] | None = None,
         baseline: Tensor | None = None,
         wpo: bool = False,
-        **options: Any,
+        loss: Any = None,
     ) -> dict[str, Tensor]:
-        """options: of make_loss."""
-        n_pairs = self.n_seqs // 2 if pairs is None else len(pairs)
-        self.pairs_alive = (pairs, weights, baseline)
-        self.pairs = make_pairs(n_pairs, mean, *self.pairs_alive)
-        out = loss_arrays(n_pairs, self.wide)
+        """loss: as `kernel_calls.loss_options` makes it."""
+        self.pairs, self.pairs_alive = make_pairs(self.n_seqs, mean, pairs, numbers, baseline)
+        out = loss_arrays(self.pairs.n_pairs, self.wide)
         self.pair_grads = out["pair_grads"]
         self.seq_logps, self.seq_saved = self.new(self.n_seqs), self.new(self.n_seqs, SEQ_SAVED, dtype=torch.float64)
-        tokens = TokenArrays(logps=self.logps.data_ptr())
-        if wpo:
-            tokens.log_sum_sq_probs = self.log_sum_sq_probs.data_ptr()
+        tokens = self.token_arrays(*(["log_sum_sq_probs"] if wpo else []))
         ref_double = ref is not None and ref.dtype is torch.float64
         arrays = Losses(**{k: v.data_ptr() for k, v in out.items()})
-        args = (self.rows, self.seqs, self.pairs, make_loss(**options), tokens, ref, int(ref_double), self.seq_logps)
-        self.kernels.call("sequences_and_losses", *args, self.seq_saved, arrays)
+        args = (self.rows, self.seqs, self.pairs, make_loss(loss), tokens, int(wpo), ref, int(ref_double))
+        self.kernels.call("sequences_and_losses", *args, self.seq_logps, self.seq_saved, arrays)
         return out
 
     def backward(self, inplace: bool = False, sequences: bool = True, **grads: Tensor | None) -> Tensor:
+        """grads: by the names of Grads."""
         x = self.logits
         grad = x if inplace else torch.full_like(x, 77, memory_format=torch.contiguous_format)
-        layout = _checks.row_layout(grad.shape, grad.stride())
-        saved = TokenArrays(logps=self.logps.data_ptr(), stats=self.stats.data_ptr(), entropy=address(self.entropy))
+        names = ["entropy"] if grads.get("entropy") is not None else []
         self.kernels.call(
             "backward",
             self.rows,
             self.seqs if sequences else None,
             self.pairs,
-            saved,
+            self.token_arrays(*names),
             self.seq_saved if sequences else None,
             self.pair_grads,
             Grads(**{k: address(v) for k, v in grads.items()}),
-            GradTensor(
-                data=grad.data_ptr(),
-                seq_stride=layout.seq_stride,
-                row_stride=layout.row_stride,
-                vocab_stride=layout.vocab_stride,
-            ),
+            GradTensor(data=grad.data_ptr(), **strides(grad)),
             torch.full((self.n_seqs,), 77, dtype=torch.float64),
         )
         return grad
 
 
 def make_pairs(
-    n_pairs: int,
+    n_seqs: int,
     mean: bool = True,
     pairs: Tensor | None = None,
-    weights: Tensor | None = None,
+    numbers: dict[str, Tensor] | None = None,
     baseline: Tensor | None = None,
-) -> Pairs:
-    """What the Cython binding makes of its tuple of the same contents."""
-    return Pairs(
+) -> tuple[Pairs, Any]:
+    """The struct, and what must stay alive beside it."""
+    given = [(numbers or {}).get(name) for name in PAIR_NUMBERS]
+    order = offsets = None
+    if pairs is not None:
+        entries, order = pairs.reshape(-1).sort(stable=True)
+        offsets = torch.searchsorted(entries, torch.arange(n_seqs + 1))
+    n_pairs = n_seqs // 2 if pairs is None else len(pairs)
+    made = Pairs(
         pairs=address(pairs),
         n_pairs=n_pairs,
-        weights=address(weights),
+        numbers=(c_void_p * len(PAIR_NUMBERS))(*map(address, given)),
         baseline=address(baseline),
         divisor=n_pairs if mean else 1,
+        order=address(order),
+        offsets=address(offsets),
     )
+    return made, (pairs, given, baseline, order, offsets)
 
 
-def make_loss(loss_type: str | tuple[str, ...] = "sigmoid", **options: Any) -> LossOptions:
-    """The struct for the options of the public functions."""
-    given = {"with_baseline": loss_type in ("kto", "bco"), "with_reference": "f_divergence" in options}
-    loss = _loss_options.choose_loss(loss_type=loss_type, **given, **options)
-    o = loss.options._asdict()
-    o |= {"types": (c_int * 8)(*o["types"]), "weights": (c_double * 8)(*o["weights"])}
-    return LossOptions(n_terms=len(loss.options.types), **o)
+def make_loss(loss: Any) -> LossOptions:
+    """The struct for a tuple that the bindings take."""
+    types, weights, parameters, divergence, average = loss or kernel_calls.loss_options("sigmoid")
+    return LossOptions(
+        n_terms=len(types),
+        types=(c_int * 8)(*types),
+        weights=(c_double * 8)(*weights),
+        divergence=divergence,
+        average=average,
+        **dict(zip(_cpu.loss_parameters(), parameters, strict=True)),
+    )
 
 
 def loss_arrays(n_pairs: int, wide: torch.dtype) -> dict[str, Tensor]:
