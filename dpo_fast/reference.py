@@ -127,8 +127,8 @@ def token_logps_grad(
 ) -> Float64:
     """d/dx of sum(grad_logps * logps) + sum(grad_entropy * entropy) + sum(grad_lse * lse).
 
-    dlogp_y/dz_v = 1[v = y] - p_v, dH/dz_v = -p_v (log p_v + H), dlse/dz_v = p_v. A row whose gradients are all 0 takes no
-    part: its gradient is 0, whatever its logits are.
+    dlogp_y/dz_v = 1[v = y] - p_v, dH/dz_v = -p_v (log p_v + H), dlse/dz_v = p_v. A row whose gradients are all 0 takes
+    no part: its gradient is 0, whatever its logits are.
     """
     targets = np.asarray(targets)
     kept = kept_rows(targets, ignore_index, token_weights)
@@ -266,8 +266,8 @@ class PairSide:
 
 
 def score_margin(c: PairSide, d: PairSide, beta: Any, o: dict[str, Any]) -> Any:
-    """beta times the difference of the scores, with the terms of DPO-Positive (Pal et al. 2024, arXiv:2402.13228, eq. 3),
-    R-DPO (Park et al. 2024, arXiv:2403.19159, eq. 9) and ODPO (Amini et al. 2024, arXiv:2402.10571, eq. 5)."""
+    """beta times the difference of the scores, with the terms of DPO-Positive (Pal et al. 2024, arXiv:2402.13228, eq.
+    3), R-DPO (Park et al. 2024, arXiv:2403.19159, eq. 9) and ODPO (Amini et al. 2024, arXiv:2402.10571, eq. 5)."""
     shortfall = np.where(np.real(c.ratios) < 0, -c.ratios, 0)  # max(0, log pi_ref - log pi) of the chosen completion
     x = beta * (c.scores - d.scores - o.get("dpop_lambda", 0.0) * shortfall)
     return x + o.get("length_penalty", 0.0) * (c.lengths - d.lengths) - np.asarray(o.get("margin", 0.0), np.float64)
@@ -366,7 +366,7 @@ def preference_losses(
     f_alpha_divergence_coef: float = 0.5,
     **o: Any,
 ) -> Any:
-    """[P] losses of real or complex logps [S]; the options of `dpo_fast.preference_loss`. beta and margin may be [P]."""
+    """[P] losses of real or complex logps [S]; the options of `dpo_fast.preference_loss`; beta and margin [] or [P]."""
     beta = np.asarray(beta, np.float64)
     ratios = logps - (0 if ref_logps is None else np.asarray(ref_logps, np.float64))
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
@@ -546,7 +546,7 @@ def dpo_loss_grad(
 def z_loss(
     logits: ArrayLike, targets: ArrayLike, weight: float, options: dict[str, Any], loss: dict[str, Any]
 ) -> tuple[Any, Float64]:
-    """weight times the mean of lse^2 over the tokens that count of the sequences that take part, and its gradient by lse.
+    """weight times the mean of lse^2 over the tokens that count, of sequences that take part, and its gradient by lse.
 
     As though it were added to each pair's loss: P times that for a sum, P / num_pairs times for shares of a batch.
     """

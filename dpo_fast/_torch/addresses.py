@@ -43,6 +43,8 @@ class Addresses:
         if tensor.__class__ not in PLAIN:
             raise TypeError(f"{name} must be a plain tensor, found {type(tensor).__name__}")
         if tensor.dtype not in types or not tensor.is_contiguous() or tensor.is_neg():
+            if tensor.is_complex():
+                raise TypeError(f"{name} must be real numbers, found {tensor.dtype}")
             dtype = tensor.dtype if tensor.dtype in types else types[0]
             tensor = tensor.to(dtype).contiguous().resolve_neg()
             self.alive.append(tensor)

@@ -322,6 +322,10 @@ class Operator(NamedTuple):
     result: Any  # a record, Tensor, or None where it writes over its first tensor
     written: str = ""  # a tensor, beside that one, that it writes over
 
+    def argument_names(self) -> list[str]:
+        """The names behind the leading tensor, as in the schema."""
+        return [name for name, _ in _leaves(self.arguments)]
+
     def schema(self) -> str:
         """Its arguments and results, as torch.library writes them."""
         over = "Tensor(a!)" if self.result is None else "Tensor"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpo_fast._native import has_cuda_kernels
 from dpo_fast._torch import cpu, cuda, linear, plain, shapes
+from dpo_fast._torch.checks import check_device
 from dpo_fast._torch.operators import DIRECT, OPERATORS, Operator, flatten, parse
 
 # By device type: dispatch key, and the module with its functions. Others take plain torch.
@@ -52,9 +53,16 @@ def device_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 def _for_dispatcher(operator: Operator, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a record as torch calls it: arguments and results in one line, no result missing."""
+    """A function of a record as torch calls it: arguments and results in one line, no result missing.
+
+    One argument on another device would send the call to that device's function, which may be a fake.
+    """
+    names = operator.argument_names()
 
     def implementation(tensor: Tensor, *values: Any) -> Any:
+        for name, value in zip(names, values, strict=True):
+            if isinstance(value, Tensor):
+                check_device(name, value, tensor, operator.leading)
         out = function(tensor, parse(operator.arguments, iter(values)))
         if out is None or isinstance(out, Tensor):
             return out
