@@ -642,6 +642,22 @@ def test_pairs_and_offsets_outside_read_nothing(kernels):
     assert torch.equal(batch.seq_logps[1], batch.logps[2:].double().sum().float())
 
 
+@pytest.mark.parametrize("V", [300, 40000])
+def test_launches(kernels, V):
+    """Rows and the losses, and one more for rows that are cut; backward one, and one more with a gradient for each pair."""
+    batch = host.Batch(kernels, torch.randn(4, 1, V), torch.zeros(4, 1, dtype=torch.int64))
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 3]])
+    counts = [kernels.launches()]
+    for step in (
+        lambda: (batch.forward(*ALL), batch.losses(pairs=pairs, wpo=True)),
+        lambda: batch.backward(loss=torch.ones(()), lse=torch.ones(4, 1)),
+        lambda: batch.backward(losses=torch.ones(3), entropy=torch.ones(4, 1)),
+    ):
+        step()
+        counts.append(kernels.launches())
+    assert np.diff(counts).tolist() == [3 if V > 16384 else 2, 1, 2]
+
+
 def test_no_rows(kernels):
     for shape in ((0, 3, 5), (3, 0, 5)):
         batch = host.Batch(kernels, torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.int64)).forward()

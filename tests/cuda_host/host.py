@@ -197,6 +197,10 @@ class Kernels:
         self.lib = ctypes.CDLL(str(path))
         self.lib.dpo_fast_forward_scratch_bytes.restype = c_int64
 
+    def launches(self) -> int:
+        """How many kernels were launched so far."""
+        return ctypes.c_uint.in_dll(self.lib, "cuda_host_launches").value
+
     def call(self, name: str, *args: Any) -> None:
         def plain(a: Any) -> Any:
             if isinstance(a, Tensor):
