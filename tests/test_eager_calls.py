@@ -123,6 +123,8 @@ def test_no_tensor_outlives_a_step(name):
             loss = FUNCTIONS[name](leaf, targets, ref)[0].sum()
         torch.autograd.grad(loss, leaf)
 
+    for _ in range(2):  # a shape's second use leaves a pattern of one number, on the CPU only
+        step()
     before = {id(t) for t in live_tensors()}
     step()
     assert not [t.shape for t in live_tensors() if id(t) not in before]
