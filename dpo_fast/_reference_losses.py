@@ -204,7 +204,8 @@ def preference_loss(
     logps = np.asarray(logps, np.float64)
     ratios = logps if ref_logps is None else logps - np.asarray(ref_logps, np.float64)
     losses = preference_losses(logps, ref_logps, **options)
-    beta, pairs, weights = np.asarray(options.get("beta", 0.1)), options.get("pairs"), options.get("pair_weights")
+    beta = np.asarray(options.get("beta", 0.1), np.float64)
+    pairs, weights = (None if options.get(k) is None else np.asarray(options[k]) for k in ("pairs", "pair_weights"))
     unpaired = options.get("loss_type") in ("kto", "bco")
     if unpaired:
         n = len(logps)
@@ -216,7 +217,7 @@ def preference_loss(
     else:
         chosen, rejected = (beta * ratios[k] for k in pair_index(len(logps), pairs).T)
     if weights is not None:
-        chosen, rejected = (np.where(np.asarray(weights) == 0, 0, rewards) for rewards in (chosen, rejected))
+        chosen, rejected = (np.where(weights == 0, 0, rewards) for rewards in (chosen, rejected))
     loss = _reduced(losses, reduction, options.get("num_pairs"))
     arrays: Any = (loss, losses, chosen, rejected, logps, pairs, unpaired, None, None, weights)
     return DPOOutput(*arrays)
