@@ -245,7 +245,7 @@ def _choose(
 
 
 def _visible_weights(loss: Loss, rows: Rows, bounds: Bounds, weights: Array, given: Array | float) -> Array:
-    """LD-DPO's weights of 0 as tiny ones, because WPO looks at all tokens."""
+    """LD-DPO's weights of 0 as tiny ones, because WPO and the z-loss look at all tokens."""
     visible = np.maximum(weights, TINY_WEIGHT) * given
     if loss.options.average:  # over nothing but tiny weights it would be one of these tokens, and no longer 0
         visible = visible * bounds.by_token(bounds.some(weights * given), visible.shape)
@@ -300,7 +300,7 @@ def dpo_loss(
         weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
         given: Array | float = 1.0 if rows.weights is None else rows.weights
         token_weights = weights * given
-        if ld_alpha == 0 and wpo:
+        if ld_alpha == 0 and (wpo or loss.z_loss_weight):
             token_weights = _visible_weights(loss, rows, bounds, weights, given)
         rows = Rows(logits, targets, logit_options, token_weights=token_weights)
     if ref_logits is not None:

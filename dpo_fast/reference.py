@@ -49,11 +49,12 @@ def log_softmax(z: Float64) -> Float64:
 
 
 def log_sum_exp(z: Float64) -> Float64:
-    """log sum_v exp(z_v), over the last axis."""
+    """log sum_v exp(z_v), over the last axis; -inf where all of it is -inf."""
     largest: Float64 = z.max(axis=-1, keepdims=True)
-    with np.errstate(invalid="ignore", over="ignore"):
-        log_sum: Float64 = np.log(np.exp(z - largest).sum(axis=-1))
-    return largest[..., 0] + log_sum
+    shift: Float64 = np.where(largest == -np.inf, 0, largest)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        log_sum: Float64 = np.log(np.exp(z - shift).sum(axis=-1))
+    return shift[..., 0] + log_sum
 
 
 def kept_rows(
@@ -259,6 +260,7 @@ class _Problem(NamedTuple):
     sequences: dict[str, Any]  # how they add up
     loss: dict[str, Any]  # options of the loss
     ref_logps: Any
+    all_tokens: dict[str, Any]  # tokens, without the weights of ld_alpha
     z_loss_weight: float
 
 
@@ -271,7 +273,7 @@ def _split(
     cu_seqlens, ignore = tokens.pop("cu_seqlens", None), tokens.get("ignore_index", -100)
     loss["average"] = tokens.pop("average", loss.get("loss_type") in ("simpo", "orpo"))
     sequences = {"cu_seqlens": cu_seqlens, "average": loss["average"]}
-    without_ld = dict(tokens)  # WPO looks at all tokens, also where ld_alpha is 0
+    all_tokens = dict(tokens)  # for WPO and the z-loss, which look at them also where ld_alpha is 0
     if ld_alpha is not None:
         layout = {"cu_seqlens": cu_seqlens, "ignore_index": ignore}
         weights = ld_dpo_weights(targets, ld_alpha, pairs=loss.get("pairs"), **layout)
@@ -280,14 +282,14 @@ def _split(
     bounds = sequence_bounds(targets, cu_seqlens)
     loss["lengths"] = [(np.asarray(targets)[index] != ignore).sum() for index in bounds]
     if wpo:  # WPO, arXiv:2406.11827, eq. 2
-        found = token_logps(logits, targets, **without_ld)
-        kept = kept_rows(targets, ignore, without_ld.get("token_weights"))
+        found = token_logps(logits, targets, **all_tokens)
+        kept = kept_rows(targets, ignore, all_tokens.get("token_weights"))
         aligned = found.logps - found.log_sum_sq_probs
         weights = np.array([np.exp(aligned[i][kept[i]].sum() / max(kept[i].sum(), 1)) for i in bounds])
         loss["wpo_weights"] = weights[pair_index(len(bounds), loss.get("pairs"))].prod(-1)
     if ref_logits is not None:
         ref_logps = sequence_logps(ref_logits, targets, **sequences, **tokens)
-    return _Problem(tokens, sequences, loss, ref_logps, z_loss_weight or 0.0)
+    return _Problem(tokens, sequences, loss, ref_logps, all_tokens, z_loss_weight or 0.0)
 
 
 def dpo_loss(
@@ -320,7 +322,7 @@ def dpo_loss_grad(
     grad = sequence_logps_grad(logits, targets, grad_logps, **a.sequences, **a.tokens)
     if a.z_loss_weight:
         nothing = np.zeros(np.shape(targets))
-        grad += token_logps_grad(logits, targets, nothing, grad_lse=_z_loss(logits, targets, a)[1], **a.tokens)
+        grad += token_logps_grad(logits, targets, nothing, grad_lse=_z_loss(logits, targets, a)[1], **a.all_tokens)
     return grad
 
 
@@ -342,8 +344,8 @@ def _z_loss(logits: ArrayLike, targets: ArrayLike, a: _Problem) -> tuple[Any, Fl
         if weights is None or np.asarray(weights)[p] != 0:
             for s in pairs[p]:
                 reads[bounds[s]] = True
-    reads &= kept_rows(targets, a.tokens.get("ignore_index", -100), a.tokens.get("token_weights"))
-    lse = np.where(reads, token_logps(logits, targets, **a.tokens).lse, 0)
+    reads &= kept_rows(targets, a.all_tokens.get("ignore_index", -100), a.all_tokens.get("token_weights"))
+    lse = np.where(reads, token_logps(logits, targets, **a.all_tokens).lse, 0)
     scale = a.z_loss_weight / max(reads.sum(), 1) * (n_pairs if reduction == "sum" else n_pairs / num_pairs)
     return scale * (lse**2).sum(), scale * 2 * lse
 

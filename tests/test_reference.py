@@ -105,6 +105,7 @@ def test_log_sum_exp_and_its_gradient(small):
     assert out.lse[1, 1] == 0
     far = reference.token_logps(x + 1e4, targets).lse[kept]  # no overflow
     np.testing.assert_allclose(far, reference.token_logps(x, targets).lse[kept] + 1e4, atol=1e-8)
+    assert reference.token_logps(np.full((1, 5), -np.inf), [0]).lse[0] == -np.inf
     g, h = weights, weights[::-1]
 
     def f(x):
@@ -266,6 +267,20 @@ def test_z_loss_of_single_completions_and_of_packed_ones(small):
     assert found - without == pytest.approx(0.3 * kept_mean_of_squares(x, targets, [0, 2, 3]))
     packed = {"cu_seqlens": [0, 3, 6, 9, 12], "z_loss_weight": 0.3, **options}
     assert reference.dpo_loss(x.reshape(12, 5), targets.reshape(12), ref, **packed).loss == pytest.approx(found)
+
+
+def test_z_loss_beside_ld_alpha(small):
+    """It is over all tokens: an ld_alpha of 0 is the limit of small ones."""
+    x, targets, ref, _ = small
+    targets[:2, 1:] = -100
+    found = reference.dpo_loss(x, targets, ref, z_loss_weight=0.3, ld_alpha=0.0).loss
+    expected = reference.dpo_loss(x, targets, ref, ld_alpha=0.0).loss + 0.3 * kept_mean_of_squares(x, targets, range(4))
+    assert found == pytest.approx(expected)
+    assert found == pytest.approx(reference.dpo_loss(x, targets, ref, z_loss_weight=0.3, ld_alpha=1e-12).loss)
+    grad = reference.dpo_loss_grad(x, targets, ref, z_loss_weight=0.3, ld_alpha=0.0)
+    assert (grad[2:, 2] != 0).all()
+    near = reference.dpo_loss_grad(x, targets, ref, z_loss_weight=0.3, ld_alpha=1e-12)
+    np.testing.assert_allclose(grad, near, atol=1e-11)
 
 
 def test_z_loss_is_not_one_of_pairs(small):
