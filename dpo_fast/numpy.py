@@ -240,7 +240,7 @@ def _choose(
     if isinstance(beta, (np.ndarray, list, tuple)):
         beta_of_pairs, beta = beta, 1.0
     numbers = split_pair_numbers(options, pair_weights, beta_of_pairs)
-    given = Given.of(numbers, reference=reference, baseline=baseline, token_weights=token_weights)
+    given = Given.of(reference, baseline, token_weights, numbers)
     return choose_loss(beta=beta, given=given, **names, **options), numbers
 
 

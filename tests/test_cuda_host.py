@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from helpers import (
 from kernel_calls import LOSSES, loss_options
 from test_kernels import LIMITS
 
-from dpo_fast import reference
+import dpo_fast
+from dpo_fast import _cpu, reference
+from dpo_fast._arguments import KernelGrads, KernelOut, KernelSaved
 
 MISSING = list(host.toolchains())
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the CUDA kernels cannot be compiled here: {', '.join(MISSING)}")
@@ -639,11 +642,145 @@ def test_pairs_and_offsets_outside_read_nothing(kernels):
     assert torch.equal(batch.seq_logps[1], batch.logps[2:].double().sum().float())
 
 
+@pytest.mark.parametrize("V", [300, 40000])
+def test_launches(kernels, V):
+    """Rows and the losses, and one more for rows that are cut; backward one, and one more with a gradient for each pair."""
+    batch = host.Batch(kernels, torch.randn(4, 1, V), torch.zeros(4, 1, dtype=torch.int64))
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 3]])
+    counts = [kernels.launches()]
+    for step in (
+        lambda: (batch.forward(*ALL), batch.losses(pairs=pairs, wpo=True)),
+        lambda: batch.backward(loss=torch.ones(()), lse=torch.ones(4, 1)),
+        lambda: batch.backward(losses=torch.ones(3), entropy=torch.ones(4, 1)),
+    ):
+        step()
+        counts.append(kernels.launches())
+    assert np.diff(counts).tolist() == [3 if V > 16384 else 2, 1, 2]
+
+
 def test_no_rows(kernels):
     for shape in ((0, 3, 5), (3, 0, 5)):
         batch = host.Batch(kernels, torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.int64)).forward()
         assert (batch.sequences() == 0).all()
         assert batch.backward(seq_logps=torch.ones(shape[0])).shape == shape
+
+
+@pytest.fixture(scope="module")
+def binding_path():
+    pytest.importorskip("Cython")
+    return host.build_binding(host.include_folder())
+
+
+@pytest.fixture(scope="module")
+def binding(binding_path):
+    return host.load_binding(binding_path)
+
+
+def in_order(pairs, n_seqs):
+    """KernelPairs with order and offsets, and the arrays these lie in."""
+    entries = np.ctypeslib.as_array((ctypes.c_int64 * (2 * pairs.n_pairs)).from_address(pairs.pairs))
+    arrays = [t.numpy() for t in host.by_sequence(torch.from_numpy(entries), n_seqs)]
+    order, offsets = map(kernel_calls.address, arrays)
+    return pairs._replace(order=order, offsets=offsets), arrays
+
+
+@pytest.mark.parametrize("device", [0, 3])
+@pytest.mark.parametrize("V", [67, 40000])
+def test_the_binding_takes_what_the_cpu_binding_takes(binding, binding_path, V, device):
+    """Each argument in its place: the same calls of both bindings, on a device that is current or is not."""
+    runtime, place, address = ctypes.CDLL(str(binding_path)), (0, device), kernel_calls.address
+    before = runtime.cuda_host_device_sets()
+    rng = np.random.default_rng(0)
+    S, T, wide = 4, 3, np.dtype(np.float32)
+    targets = rng.integers(0, V - 4, (S, T))
+    targets[0, 1] = -7
+    weights, mask = rng.random((S, T)), np.ones((S, T), np.uint8)
+    mask[2, 0] = 0
+    options = {"row_mask": mask, "token_weights": weights, "average": True, "ignore_index": -7, "temperature": 0.8}
+    options |= {"logit_scale": 1.2, "softcap": 20.0, "valid_vocab": V - 4}
+    cpu = kernel_calls.Batch(2 * rng.standard_normal((S, T, V)).astype(wide), targets, **options)
+    loss = loss_options(("sigmoid", "sft"), [1.0, 0.3], beta=0.3, label_smoothing=0.1, length_penalty=0.2)
+    pairs = np.array([[0, 1], [2, 3], [2, 1]])
+    numbers = {"weight": rng.random(3), "beta": rng.random(3), "margin": rng.random(3)}
+    ref = rng.standard_normal(S)
+    cpu.loss(loss, ref, wpo=True, names=ALL, pairs=pairs, divisor=2.5, **numbers)
+    cuda = {name: np.full_like(x, 77) for name, x in cpu.statistics.items()}
+    logps, stats, seq_logps = (np.full_like(x, 77) for x in (cpu.logps, cpu.stats, cpu.seq_logps))
+    saved = np.full((S, binding.SEQ_SAVED), 77.0)
+    _, _kept, results, losses = kernel_calls.pair_arrays(S, wide, pairs=pairs)
+    n_bytes = binding.forward_scratch_bytes(cpu.rows)
+    assert (n_bytes > 0) == (V > 16384)
+    memory = np.full(max(n_bytes, 8 * S), 77, np.uint8)
+    scratch = address(memory)
+    named, _order = in_order(cpu.pairs, S)
+    arrays = (address(logps), address(stats))
+    found = tuple(address(cuda[name]) for name in ALL)
+    shared = (cpu.rows, cpu.seqs)
+    binding.dpo_forward(
+        *(*shared, named, loss, place, scratch, True, address(ref), True, *arrays, found),
+        *(address(seq_logps), losses, address(saved)),
+    )
+    close = {"rtol": 2e-6, "atol": 2e-6}
+    for name in ALL:
+        np.testing.assert_allclose(cuda[name], cpu.statistics[name], **close, err_msg=name)
+    for name in results:
+        np.testing.assert_allclose(results[name], cpu.results[name], **close, err_msg=name)
+    np.testing.assert_allclose(logps, cpu.logps, **close)
+    np.testing.assert_allclose(seq_logps, cpu.seq_logps, **close)
+    grads = {"token_logps": rng.random((S, T)), "entropy": rng.random((S, T)), "lse": rng.random((S, T))}
+    grads |= {"seq_logps": rng.random(S), "loss": rng.random(1), "losses": rng.random(3)}
+    grads = {name: g.astype(wide) for name, g in grads.items()}
+    kept = KernelSaved(*arrays, address(cuda["entropy"]), address(results["pair_grads"]), address(saved))
+    grad = np.full_like(cpu.logits, 77)
+    out = KernelOut(address(grad), *cpu.strides)
+    incoming = KernelGrads(*(address(grads[name]) for name in KernelGrads._fields))
+    binding.backward(*shared, named, place, scratch, kept, incoming, out)
+    np.testing.assert_allclose(grad, cpu.backward(**grads), **close)
+    # sequences and tokens alone; without statistics and stats
+    sums, expected = np.full(S, 77.0), cpu.sequences(double_sums=True).seq_logps
+    binding.sequence_forward(*shared, place, scratch, arrays[0], None, address(sums), True, address(saved))
+    np.testing.assert_allclose(sums, expected, **close)
+    logps[:] = 77
+    binding.token_forward(cpu.rows, place, scratch, address(logps), None, None)
+    np.testing.assert_allclose(logps, cpu.tokens().logps, **close)
+    # four calls: to the device and back, if it was not the current one
+    assert runtime.cuda_host_device() == 0
+    assert runtime.cuda_host_device_sets() - before == (8 if device else 0)
+
+
+def test_the_binding_of_the_losses_alone_takes_what_the_cpu_binding_takes(binding):
+    rng, address, S = np.random.default_rng(0), kernel_calls.address, 4
+    loss = loss_options(("sigmoid", "sft"), [1.0, 0.3], beta=0.3, label_smoothing=0.1, length_penalty=0.2)
+    pairs = np.array([[0, 1], [2, 3], [2, 1]])
+    numbers = {"weight": rng.random(3), "beta": rng.random(3), "margin": rng.random(3)}
+    logps, ref, lengths = rng.standard_normal(S), rng.standard_normal(S).astype(np.float32), np.array([5.0, 2, 7, 3])
+    calls = {binding: ((0, 0),), _cpu: ()}
+    results, grads = [], []
+    g, each = rng.random(1), rng.random(3)
+    for module, place in calls.items():
+        spec, _kept, arrays, out = kernel_calls.pair_arrays(S, np.float64, pairs=pairs, divisor=2.5, **numbers)
+        inputs = (address(logps), address(ref), False, address(lengths))
+        module.preference_forward(spec, loss, True, True, S, *place, *inputs, out)
+        results.append(arrays)
+        grads.append(np.full(S, 77.0))
+        named, _order = in_order(spec, S)
+        incoming = (address(arrays["pair_grads"]), address(g), address(each), address(grads[-1]))
+        module.preference_backward(named, True, S, *place, *incoming)
+    for name in results[0]:
+        np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-12, err_msg=name)
+    np.testing.assert_allclose(grads[0], grads[1], rtol=1e-12)
+
+
+def test_the_small_suite_of_the_sanitizers(binding, monkeypatch):
+    """tools/gpu_small.py, which compute-sanitizer runs on a GPU."""
+    monkeypatch.setitem(sys.modules, "dpo_fast._cuda", binding)
+    monkeypatch.setattr(dpo_fast, "_cuda", binding, raising=False)
+    monkeypatch.syspath_prepend(host.ROOT / "tools")
+    import gpu_small
+
+    monkeypatch.setattr(gpu_small, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_small, "place", lambda: (0, 0))
+    gpu_small.main()
 
 
 @pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")

@@ -222,16 +222,21 @@ def _dpo_fast_loss(level: str, name: str, inputs: LevelInputs) -> Callable[[Tens
 def _row_kernels(inputs: LevelInputs, work: str) -> Call:
     """The token operators without autograd, sum, reference and loss; the gradient is written over the logits."""
     importlib.import_module("dpo_fast.ops")
-    ops = torch.ops.dpo_fast
-    targets, options = inputs.targets, (IGNORE_INDEX, 1.0, 1.0, 0.0)
+    operators = importlib.import_module("dpo_fast._torch.operators")
+    options = importlib.import_module("dpo_fast._checks").LogitOptions(ignore_index=IGNORE_INDEX)
+    rows = operators.Rows(inputs.targets, None, None, options)
+    forward = operators.TokenForward(rows, 0, True)
     # with the gradient that the loss sends: of another size, more or fewer results are subnormal
-    logps = ops.token_forward(inputs.x, targets, None, *options, False, False, False, False)[0].requires_grad_()
+    logps = operators.call(operators.TOKEN_FORWARD, inputs.x, forward).logps.requires_grad_()
     [grad_logps] = torch.autograd.grad(preference_of(logps.sum(-1), inputs.ref_logps), logps)
 
     def call(x: Tensor) -> None:
-        logps, stats, *_ = ops.token_forward(x, targets, None, *options, False, False, False, False)
+        logps, stats, _ = operators.call(operators.TOKEN_FORWARD, x, forward)
         if work != FORWARD:
-            ops.token_backward_(x, targets, None, *options, logps, stats, None, grad_logps, None)
+            saved, grad = operators.Saved(logps, stats, None, None, None), operators.Grads(logps=grad_logps)
+            seqs = operators.Sequences(None, False)
+            backward = operators.RowsBackward(rows, seqs, None, 1.0, saved, grad)
+            operators.call(operators.ROWS_BACKWARD_INPLACE, x, backward)
 
     return call
 

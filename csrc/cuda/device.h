@@ -28,7 +28,7 @@ DPO_FAST_HD To bits_as(From from) {
   return to;
 }
 
-// The compiler takes x for a new value: what follows from it is formed again, which needs no registers until then.
+// The compiler takes x for a new value and forms again whatever follows from it, which needs no registers until then.
 __device__ inline void conceal(double& x) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+d"(x));
@@ -307,7 +307,7 @@ constexpr int kRowWarps = kRowThreads / kWarp;
 constexpr int kLoads = 4;
 
 // A stretch of a row's logits as vectors of 16 bytes, the last one filled up with -inf. Vector j holds the same logits
-// wherever the row starts in memory, so that sums do not depend on its alignment.
+// wherever the row starts in memory, so sums do not depend on its alignment.
 template <class T, bool kMutable>
 struct Stretch {
   using Storage = typename T::Storage;

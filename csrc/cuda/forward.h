@@ -1,6 +1,6 @@
 // The forward row kernel: one read of each kept row. A row is cut into pieces by V alone (device.h); a block takes a
 // whole row, or some of its pieces when the rows are few. Either way a piece's sums come from the same threads in the
-// same order, and pieces merge in the same tree, so that both ways give the same bits.
+// same order, and pieces merge in the same tree, so both ways give the same bits.
 #pragma once
 
 #include "device.h"
@@ -38,7 +38,7 @@ struct ThreadSums {
         top_index(-1) {}
 };
 
-// z is summed over this, so that logits near float's limit do not overflow.
+// z is summed over this, so logits near float's limit do not overflow.
 constexpr double kMeanScale = 1024;
 
 // Moves the shift to the raw maximum `max`, when that is larger than all before.

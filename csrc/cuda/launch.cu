@@ -12,7 +12,7 @@ DPO_FAST_ROW_KERNELS(extern template, Float16)
 
 namespace {
 
-// Blocks that the forward kernel should have: enough to fill a large GPU a few times over, so that the last
+// Blocks that the forward kernel should have: enough to fill a large GPU a few times over, so the last
 // blocks to run cost little, and not more, because each begins and ends with some microseconds of waiting.
 constexpr int64_t kEnoughBlocks = 2048;
 // Positions within a piece, and in the padding, are 32-bit numbers.

@@ -1,6 +1,6 @@
 // The CUDA launchers: what dpo_fast/_cuda.pyx calls. Each one puts its kernels on a stream and returns the launch's
-// cudaError_t; none allocates, copies or waits, so that a CUDA graph can hold them. All pointers are device memory; the
-// structs, and the types of what they point to, are those of ../sequence_math.h.
+// cudaError_t; none allocates, copies or waits, so a CUDA graph can hold them. All pointers are device memory; the
+// structs, and the types that they point to, are those of ../sequence_math.h.
 #pragma once
 
 #include <stdint.h>

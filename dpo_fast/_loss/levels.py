@@ -12,7 +12,7 @@ from dpo_fast import _checks
 from dpo_fast._checks import check_shape, named_statistics
 from dpo_fast._loss.coupled import coupled_losses
 from dpo_fast._loss.options import (
-    REMEMBERED_TYPES,
+    NO_NUMBERS,
     TINY_WEIGHT,
     Given,
     Loss,
@@ -48,13 +48,6 @@ class Choice(NamedTuple):
         return Pairs(pairs, self.numbers, self.baseline, self.loss.options, self.loss.divisor)
 
 
-def _checked(**options: Any) -> Loss:
-    """`choose_loss`, remembered in eager mode."""
-    if torch.compiler.is_compiling() or not REMEMBERED_TYPES.issuperset(map(type, options.values())):
-        return choose_loss(**options)
-    return remembered_loss(**options)
-
-
 def choose(
     options: dict[str, Any],
     like: Tensor,
@@ -77,13 +70,15 @@ def choose(
         if looks_at_values(beta_of_pairs) and not bool(((beta_of_pairs >= 0) & beta_of_pairs.isfinite()).all()):
             raise ValueError("beta must be at least 0 and finite for every pair")
     numbers = split_pair_numbers(options, pair_weights, beta_of_pairs)
-    for name, tensor in zip(numbers._fields[2:], numbers[2:], strict=True):
-        if tensor is not None:
-            numbers = numbers._replace(**{name: plain_tensor(name, tensor)})
-            check_no_grad(name, tensor)
-    check_no_grad("pair_weights", pair_weights)
-    given = Given.of(numbers, reference=reference, baseline=baseline, token_weights=token_weights)
-    loss = _checked(beta=beta, reduction=reduction, given=given, **names, **options)
+    if numbers is not NO_NUMBERS:
+        check_no_grad("pair_weights", pair_weights)
+        for name, tensor in zip(numbers._fields[2:], numbers[2:], strict=True):
+            if tensor is not None:
+                numbers = numbers._replace(**{name: plain_tensor(name, tensor)})
+                check_no_grad(name, tensor)
+    given = Given.of(reference, baseline, token_weights, numbers)
+    make = choose_loss if torch.compiler.is_compiling() else remembered_loss
+    loss = make(beta=beta, reduction=reduction, given=given, **names, **options)
     return Choice(loss, numbers, _baseline_tensor(baseline, like), reduction)
 
 

@@ -85,6 +85,9 @@ class PairNumbers(NamedTuple):
     margin: Any = None
 
 
+# Of a loss that has none: asked for by identity.
+NO_NUMBERS = PairNumbers()
+
 # The numbers of pairs that are keywords of a loss, with the flag of the losses that read them.
 PAIR_KEYWORDS = {"margin": LossFlags.MARGIN}
 
@@ -98,11 +101,13 @@ class Given(NamedTuple):
     numbers: tuple[bool, ...] = (False,) * len(PairNumbers._fields)
 
     @classmethod
-    def of(cls, numbers: PairNumbers, **others: Any) -> Given:
+    def of(cls, reference: Any, baseline: Any, token_weights: Any, numbers: PairNumbers) -> Given:
         """From the arrays themselves, which may be None."""
-        given = tuple([array is not None for array in numbers])
-        return cls(numbers=given, **{name: array is not None for name, array in others.items()})
+        given = _NOT_GIVEN if numbers is NO_NUMBERS else tuple([array is not None for array in numbers])
+        return cls(reference is not None, baseline is not None, token_weights is not None, given)
 
+
+_NOT_GIVEN = (False,) * len(PairNumbers._fields)
 
 # In place of an ld_alpha of 0 where tokens of weight 0 are still looked at: a weight of 0 would mark them as ignored.
 TINY_WEIGHT = 1e-300
@@ -177,9 +182,13 @@ class LossKeywords(TypedDict, total=False):
 
 def split_pair_numbers(options: dict[str, Any], pair_weights: Any, beta: Any) -> PairNumbers:
     """Takes the numbers of pairs out of a loss's keywords; beta: None where it is one number for all."""
-    if not options:
-        return PairNumbers(pair_weights, beta)
-    return PairNumbers(pair_weights, beta, **{name: options.pop(name, None) for name in PAIR_KEYWORDS})
+    others = {name: options.pop(name) for name in PAIR_KEYWORDS if options.get(name) is not None} if options else None
+    if options:
+        for name in PAIR_KEYWORDS:
+            options.pop(name, None)
+    if pair_weights is None and beta is None and not others:
+        return NO_NUMBERS
+    return PairNumbers(pair_weights, beta, **(others or {}))
 
 
 def _listed(names: Iterable[Any]) -> str:
@@ -366,9 +375,17 @@ def choose_loss(
     return Loss(options, beta, label_smoothing, z_loss_weight, coupled, unpaired, reads_lengths, divisor, total_pairs)
 
 
-# A choice whose options are all of these types can be remembered, which saves small calls some time.
-remembered_loss = functools.lru_cache(maxsize=64, typed=True)(choose_loss)
-REMEMBERED_TYPES = {str, float, int, bool, type(None), Given}
+_remembered_loss = functools.lru_cache(maxsize=64, typed=True)(choose_loss)
+
+
+def remembered_loss(loss_type: LossType, given: Given, **options: Any) -> Loss:
+    """`choose_loss`, remembered where everything it depends on is a name or a number: small calls gain some time."""
+    if isinstance(loss_type, str):
+        try:
+            return _remembered_loss(loss_type=loss_type, given=given, **options)
+        except TypeError:  # a list cannot be remembered, or something is wrong: the call below says which
+            pass
+    return choose_loss(loss_type=loss_type, given=given, **options)
 
 
 def tokens_per_pair(options: LossOptions, count: Callable[[], float]) -> LossOptions:

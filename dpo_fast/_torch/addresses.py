@@ -15,10 +15,12 @@ from dpo_fast._arguments import (
     KernelSequences,
 )
 from dpo_fast._checks import STATISTIC_BITS
+from dpo_fast._loss.options import NO_NUMBERS
 from dpo_fast._torch.checks import LOGIT_TYPES
 from dpo_fast._torch.operators import PLAIN, Grads, Pairs, PreferenceResult, Rows, Saved, Sequences
 from dpo_fast._torch.sequences import wide_type
 
+_NO_NUMBERS = (None,) * len(NO_NUMBERS)
 _NO_STATISTICS = (None,) * len(STATISTIC_BITS)
 _FLOATS = (torch.float32, torch.float64)
 
@@ -79,15 +81,17 @@ class Addresses:
 
     def pairs(self, pairs: Pairs, n_pairs: int) -> KernelPairs:
         """Pairs and their numbers."""
-        numbers = tuple(
-            [self(name, x, torch.float64) for name, x in zip(pairs.numbers._fields, pairs.numbers, strict=True)]
-        )
+        numbers = _NO_NUMBERS
+        if pairs.numbers is not NO_NUMBERS:
+            numbers = tuple([self(name, x, torch.float64) for name, x in pairs.numbers._asdict().items()])
         baseline = self("baseline", pairs.baseline, torch.float64)
         return KernelPairs(self("pairs", pairs.pairs, torch.int64), n_pairs, pairs.divisor, baseline, numbers)
 
     def losses(self, losses: PreferenceResult) -> KernelLosses:
         """Results of the losses."""
-        return KernelLosses(*[pointer(tensor) for tensor in losses])
+        loss, each, chosen, rejected, grads = losses
+        last = None if grads is None else grads.data_ptr()
+        return KernelLosses(loss.data_ptr(), each.data_ptr(), chosen.data_ptr(), rejected.data_ptr(), last)
 
     def saved(self, saved: Saved, wide: torch.dtype) -> KernelSaved:
         """What forward left."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpo_fast import _checks
 from dpo_fast._checks import check_shape
+from dpo_fast._loss.options import NO_NUMBERS
 from dpo_fast._torch.operators import PLAIN, Grads, Head, Pairs, Rows, Sequences
 
 LOGIT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -28,10 +29,12 @@ def plain_tensors(names: Sequence[str], values: Sequence[Any]) -> Sequence[Any]:
     Raises:
         TypeError: lists, arrays, and tensors that hold something other than their own numbers; named.
     """
-    if not torch.compiler.is_compiling() and not any(
-        [value is not None and (value.__class__ not in PLAIN or value.is_neg()) for value in values]  # noqa: C419
-    ):
-        return values
+    if not torch.compiler.is_compiling():
+        for value in values:
+            if value is not None and (value.__class__ not in PLAIN or value.is_neg()):
+                break
+        else:
+            return values
     return [None if value is None else plain_tensor(name, value) for name, value in zip(names, values, strict=True)]
 
 
@@ -138,7 +141,8 @@ def check_sequences(like: Tensor, rows: Rows, seqs: Sequences, name: str = "logi
     if seqs.cu_seqlens is not None:
         check_integers("cu_seqlens", seqs.cu_seqlens)
         check_device("cu_seqlens", seqs.cu_seqlens, like, name)
-    check_numbers("token_weights", rows.token_weights, like, targets.shape, "as targets have", name)
+    if rows.token_weights is not None:
+        check_numbers("token_weights", rows.token_weights, like, targets.shape, "as targets have", name)
     return _checks.sequence_count(shape, None if seqs.cu_seqlens is None else seqs.cu_seqlens.shape, name)
 
 
@@ -159,11 +163,12 @@ def check_pairs(like: Tensor, n_seqs: int, pairs: Pairs, ref_logps: Tensor | Non
             raise TypeError(f"ref_logps must be floating-point numbers, found {ref_logps.dtype}")
         check_numbers("ref_logps", ref_logps, like, (n_seqs,), "with one log-prob per sequence", like_name)
     n_pairs = check_pair_tensor(pairs.pairs, like, n_seqs, pairs.divisor != 0, like_name)
-    for name, tensor in zip(pairs.numbers._fields, pairs.numbers, strict=True):
+    for name, tensor in pairs.numbers._asdict().items() if pairs.numbers is not NO_NUMBERS else ():
         if tensor is not None:
             name = name.removeprefix("pair_") if name == "pair_beta" else name
             check_numbers(name, tensor, like, (n_pairs,), "with one number per pair", like_name)
-    check_numbers("baseline", pairs.baseline, like, (), "as one number", like_name)
+    if pairs.baseline is not None:
+        check_numbers("baseline", pairs.baseline, like, (), "as one number", like_name)
     return n_pairs
 
 

@@ -97,7 +97,8 @@ def _statistic(name: str, x: Tensor, z: Tensor, logp: Tensor, total: Tensor, shi
     """One statistic of a chunk: raw logits x, transformed z, log-probs, sum of exp(z - shift), targets [..., K]."""
     p = logp.exp()
     if name == "entropy":
-        return -torch.special.xlogy(p, p).sum(-1)
+        terms: Tensor = torch.special.xlogy(p, p)
+        return -terms.sum(-1)
     if name == "mean_logits":
         return z.mean(-1)
     if name == "is_top1":

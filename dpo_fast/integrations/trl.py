@@ -7,7 +7,7 @@ Losses, weights, divergences, adapters and metrics stay TRL's own.
     with use_dpo_fast(trainer):
         trainer.train()
 
-The function is private to TRL. So TRL's version and the function's arguments are checked before anything is replaced.
+The function is private to TRL, so TRL's version and the function's arguments are checked before it is replaced.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class ChunkedLogProbs:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, [N] each; None where not in `outputs`.
 
-        chunk_size, TRL's own bound on memory, is not read: memory_budget is the bound. TRL drops its ignored rows
-        before, so no target is negative.
+        chunk_size, TRL's own bound on memory, is not read: memory_budget is the bound. TRL has dropped its
+        ignored rows, so no target is negative.
         """
         del chunk_size
         with autocast_applied(hidden, weight, bias) as head:
@@ -137,7 +137,7 @@ class Replacement:
 
     def __init__(self, function: ChunkedLogProbs) -> None:
         utils = check_trl()
-        # TRL's own is there although replacements are active after a reload of its module
+        # not only before the first replacement: a reload of TRL's module brings its own functions back
         if not isinstance(utils._ChunkedLogProbFunction, ChunkedLogProbs):
             Replacement._own = (utils._ChunkedLogProbFunction, utils._use_triton)
         self.function = function
@@ -173,7 +173,7 @@ def use_dpo_fast(trainer: Any = None, *, memory_budget: int | None = None) -> Re
 
     It holds for every trainer of the process until it is undone: `with use_dpo_fast(trainer): ...`, or
     `handle = use_dpo_fast(trainer)` and `handle.restore()`. Each call returns a new handle. TRL's own function is back
-    when all of them are restored; until then the memory_budget of the newest holds.
+    when all of them are restored; until then the memory_budget of the newest holds. A call that raises changes nothing.
 
     With `precompute_ref_log_probs=True` TRL computes the reference while the trainer is made. Call `use_dpo_fast()`
     before that, or policy and reference are rounded differently.
@@ -187,8 +187,6 @@ def use_dpo_fast(trainer: Any = None, *, memory_budget: int | None = None) -> Re
         RuntimeError: this version of TRL was not tested.
         TypeError: the trainer is not one of TRL's.
         ValueError: memory_budget is not positive.
-
-    Nothing is replaced when it raises.
     """
     if trainer is not None and not any(c.__module__.startswith("trl.") for c in type(trainer).__mro__):
         raise TypeError(f"use_dpo_fast takes a trainer of TRL, found {type(trainer).__name__}")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_bool, c_double, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -24,7 +27,8 @@ SEQ_SAVED = 4  # enum SeqSaved in csrc/cuda/launch.h
 STATISTICS = _cpu.token_statistics()
 PAIR_NUMBERS = _cpu.pair_numbers()
 LOGIT_TYPES = {getattr(torch, name): number for number, name in enumerate(kernel_calls.LOGIT_TYPES)}
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 # the sanitized library is built with more of them (test_cuda_host.py)
 FLAGS = os.environ.get("DPO_FAST_CUDA_HOST_FLAGS", "-O2").split()
 
@@ -39,31 +43,72 @@ def include_folder() -> Path | None:
     return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
 
 
-def build(include: Path) -> Path:
-    """Compiles csrc/cuda with g++ unless that was done before; the path of the library."""
-    runner = Path(__file__).with_name("runner.h")
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    inputs = [*sources, *sorted((ROOT / "csrc").glob("**/*.h")), runner]
-    key = hashlib.sha256("".join([*FLAGS, str(include), *(p.read_text() for p in inputs)]).encode()).hexdigest()[:16]
+def _made(inputs: Iterable[Path], suffix: str, make: Callable[[Path], None]) -> Path:
+    """A file that `make` writes, unless one was made of the same inputs and flags before."""
+    key = hashlib.sha256("".join([*FLAGS, *(p.read_text() for p in inputs)]).encode()).hexdigest()[:16]
     folder = ROOT / "build/cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{key}.so"
+    path = folder / f"{key}{suffix}"
     with (folder / "lock").open("w") as lock:  # of several test processes one compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-x", "c++", f"-I{include}", "-include", str(runner)]
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            make(partial)
+            partial.rename(path)
+    return path
 
-            def compile_one(source: Path) -> str:
-                out = str(folder / f"{key}-{source.stem}.o")
-                subprocess.run(["g++", *flags, *FLAGS, "-c", str(source), "-o", out], check=True)
-                return out
 
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(compile_one, sources))
-            partial = str(library) + ".partial"
-            subprocess.run(["g++", "-shared", *FLAGS, *objects, "-o", partial], check=True)
-            os.rename(partial, library)
-    return library
+def _kernel_sources() -> list[Path]:
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def _kernel_inputs() -> list[Path]:
+    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h")]
+    return [*_kernel_sources(), *sorted(headers), HERE / "runner.h"]
+
+
+def build(include: Path) -> Path:
+    """Compiles csrc/cuda with g++; the path of the library."""
+    flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-x", "c++", f"-I{include}", "-include", f"{HERE}/runner.h"]
+
+    def make(library: Path) -> None:
+        def compile_one(source: Path) -> str:
+            out = str(library.with_suffix(f".{source.stem}.o"))
+            subprocess.run(["g++", *flags, *FLAGS, "-c", str(source), "-o", out], check=True)
+            return out
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, _kernel_sources()))
+        subprocess.run(["g++", "-shared", *FLAGS, *objects, "-o", str(library)], check=True)
+
+    return _made(_kernel_inputs(), ".so", make)
+
+
+def build_binding(include: Path) -> Path:
+    """Compiles dpo_fast/_cuda.pyx against the kernels on the host."""
+    kernels, runtime, package = build(include), HERE / "runtime.cpp", ROOT / "dpo_fast"
+    sources = [package / name for name in ("_cuda.pyx", "_parse.pxi", "_declarations.pxd")]
+    folders = [f"-I{folder}" for folder in (ROOT / "csrc", include, sysconfig.get_paths()["include"])]
+    archs = '-DDPO_FAST_CUDA_ARCHS="host"'
+
+    def make(library: Path) -> None:
+        code = str(library.with_suffix(".cpp"))
+        cython = [sys.executable, "-m", "cython", "--cplus", str(sources[0]), "-o", code]
+        subprocess.run(cython, check=True, cwd=ROOT)
+        flags = ["-std=c++17", "-fPIC", "-w", "-shared", archs, *folders]
+        subprocess.run(["g++", *flags, code, str(runtime), str(kernels), "-o", str(library)], check=True)
+
+    return _made([*sources, runtime, *_kernel_inputs()], "-binding.so", make)
+
+
+def load_binding(path: Path) -> Any:
+    """The module `_cuda` of the host, which is not put where the real one is imported from."""
+    spec = importlib.util.spec_from_file_location("dpo_fast._cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Struct(ctypes.Structure):
@@ -151,6 +196,10 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         self.lib = ctypes.CDLL(str(path))
         self.lib.dpo_fast_forward_scratch_bytes.restype = c_int64
+
+    def launches(self) -> int:
+        """How many kernels were launched so far."""
+        return ctypes.c_uint.in_dll(self.lib, "cuda_host_launches").value
 
     def call(self, name: str, *args: Any) -> None:
         def plain(a: Any) -> Any:
@@ -286,6 +335,12 @@ class Batch:
         return grad
 
 
+def by_sequence(pairs: Tensor, n_seqs: int) -> tuple[Tensor, Tensor]:
+    """`order` and `offsets` of KernelPairs."""
+    entries, order = pairs.reshape(-1).sort(stable=True)
+    return order, torch.searchsorted(entries, torch.arange(n_seqs + 1))
+
+
 def make_pairs(
     n_seqs: int,
     mean: bool = True,
@@ -297,8 +352,7 @@ def make_pairs(
     given = [(numbers or {}).get(name) for name in PAIR_NUMBERS]
     order = offsets = None
     if pairs is not None:
-        entries, order = pairs.reshape(-1).sort(stable=True)
-        offsets = torch.searchsorted(entries, torch.arange(n_seqs + 1))
+        order, offsets = by_sequence(pairs, n_seqs)
     n_pairs = n_seqs // 2 if pairs is None else len(pairs)
     made = Pairs(
         pairs=address(pairs),

@@ -20,6 +20,10 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+extern "C" {
+inline unsigned cuda_host_launches = 0;  // of kernels
+}
+
 namespace cuda_host {
 
 constexpr size_t kStack = 64 << 10;
@@ -99,7 +103,7 @@ inline void run_block() {
   }
   for (int i = 0; i < n_threads; ++i) fibers[i].running = true;
   arrived = 0;
-  // Each round takes every thread to its next switching point, so that the lanes of a warp stay together.
+  // Each round takes every thread to its next switching point, so the lanes of a warp stay together.
   for (int left = n_threads; left > 0;) {
     left = 0;
     for (current = 0; current < n_threads; ++current) {
@@ -137,6 +141,7 @@ X shuffle_xor(X x, int mask) {
 
 template <class Kernel, class... Args>
 int launch(Kernel* kernel, dim3 blocks, int threads, void*, Args... args) {
+  ++cuda_host_launches;
   n_threads = threads;
   body = [=] { kernel(args...); };
   for (block_index.y = 0; block_index.y < blocks.y; ++block_index.y)
