@@ -113,8 +113,8 @@ def selective_log_softmax(
 ) -> Any:
     """As `dpo_fast.selective_log_softmax`, for arrays: logits (..., V), index (...) or (..., K).
 
-    The result has the logits' type, or `dtype`, one of the types of logits. With grad_logps, in the index's shape, it is
-    (log-probs, gradient with respect to logits).
+    The result has the logits' type, or `dtype`, one of the types of logits. With grad_logps, in the index's shape, it
+    is (log-probs, gradient with respect to logits).
     """
     options = LogitOptions(IGNORE_NOTHING, number("temperature", temperature))
     logits = np.asanyarray(logits)
