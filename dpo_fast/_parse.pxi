@@ -192,3 +192,6 @@ def pair_numbers():
 def loss_types():
     """(name, flags) of each loss, by its number: DPO_FAST_LOSSES and LossFlags in csrc/preference_loss.h."""
     return [(loss_name(i).decode(), loss_flags(i)) for i in range(kLossTypes)]
+
+
+cdef tuple _PAIR_NAMES = tuple(["pair_" + name for name in pair_numbers()])

@@ -68,8 +68,8 @@ class Addresses:
             *rows.options,
             logits.data_ptr(),
             self("targets", targets, torch.int64),
-            self("row_mask", rows.row_mask, torch.bool),
-            self("token_weights", weights, *_FLOATS),
+            None if rows.row_mask is None else self("row_mask", rows.row_mask, torch.bool),
+            None if weights is None else self("token_weights", weights, *_FLOATS),
             weights is not None and weights.dtype is torch.float64,
         )
 
@@ -81,11 +81,12 @@ class Addresses:
 
     def pairs(self, pairs: Pairs, n_pairs: int) -> KernelPairs:
         """Pairs and their numbers."""
-        numbers = _NO_NUMBERS
+        numbers: tuple[int | None, ...] = _NO_NUMBERS
         if pairs.numbers is not NO_NUMBERS:
             numbers = tuple([self(name, x, torch.float64) for name, x in pairs.numbers._asdict().items()])
-        baseline = self("baseline", pairs.baseline, torch.float64)
-        return KernelPairs(self("pairs", pairs.pairs, torch.int64), n_pairs, pairs.divisor, baseline, numbers)
+        index = None if pairs.pairs is None else self("pairs", pairs.pairs, torch.int64)
+        baseline = None if pairs.baseline is None else self("baseline", pairs.baseline, torch.float64)
+        return KernelPairs(index, n_pairs, pairs.divisor, baseline, numbers)
 
     def losses(self, losses: PreferenceResult) -> KernelLosses:
         """Results of the losses."""
@@ -95,17 +96,18 @@ class Addresses:
 
     def saved(self, saved: Saved, wide: torch.dtype) -> KernelSaved:
         """What forward left."""
+        logps, stats, entropy, pair_grads, seq_saved = saved
         return KernelSaved(
-            self("logps", saved.logps, wide),
-            self("stats", saved.stats, wide),
-            self("entropy", saved.entropy, wide),
-            self("pair_grads", saved.pair_grads, torch.float64),
-            self("seq_saved", saved.seq_saved, torch.float64),
+            self("logps", logps, wide),
+            self("stats", stats, wide),
+            None if entropy is None else self("entropy", entropy, wide),
+            None if pair_grads is None else self("pair_grads", pair_grads, torch.float64),
+            None if seq_saved is None else self("seq_saved", seq_saved, torch.float64),
         )
 
     def grads(self, grad: Grads, wide: torch.dtype) -> KernelGrads:
         """Incoming gradients."""
-        return KernelGrads(*[self(f"grad_{name}", x, wide) for name, x in zip(grad._fields, grad, strict=True)])
+        return KernelGrads(*[None if g is None else self("an incoming gradient", g, wide) for g in grad])
 
 
 def statistics(wanted: int, tensors: list[Tensor]) -> tuple[int | None, ...]:

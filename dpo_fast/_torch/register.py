@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_fast._native import has_cuda_kernels
 from dpo_fast._torch import cpu, cuda, linear, plain, shapes
-from dpo_fast._torch.checks import check_device
+from dpo_fast._torch.checks import check_device, check_inplace
 from dpo_fast._torch.operators import DIRECT, OPERATORS, Operator, flatten, parse
 
 # By device type: dispatch key, and the module with its functions. Others take plain torch.
@@ -25,7 +25,7 @@ if has_cuda_kernels():
 
 def _fresh(into: Callable[..., None]) -> Callable[..., Tensor]:
     def rows_backward(logits: Tensor, a: Any) -> Tensor:
-        grad = shapes.rows_backward(logits, a)
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         into(grad, logits, a)
         return grad
 
@@ -34,12 +34,22 @@ def _fresh(into: Callable[..., None]) -> Callable[..., Tensor]:
 
 def _inplace(into: Callable[..., None]) -> Callable[..., None]:
     def rows_backward_(logits: Tensor, a: Any) -> None:
-        shapes.rows_backward_inplace(logits, a)
+        check_inplace(logits)
         into(logits, logits, a)
         # autograd does not see a write below it; this lets it refuse any later use of the logits it had saved
         torch.autograd.graph.increment_version(logits)
 
     return rows_backward_
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward function for callers other than our autograd, whose tensors the forward pass has checked."""
+
+    def implementation(logits: Tensor, a: Any) -> Any:
+        shapes.check_rows_backward(logits, a)
+        return function(logits, a)
+
+    return implementation
 
 
 def device_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
@@ -72,13 +82,15 @@ def _for_dispatcher(operator: Operator, function: Callable[..., Any]) -> Callabl
 
 
 _lib = torch.library.Library("dpo_fast", "DEF")
-_PLAIN = device_functions(plain)
 DIRECT.update({kind: device_functions(module) for kind, (_, module) in DEVICES.items()})
+_DISPATCHED = tuple([(key, DIRECT[kind]) for kind, (key, _) in DEVICES.items()])
 for _operator in OPERATORS:
     _name = _operator.name
     _lib.define(_operator.schema(), tags=(torch.Tag.pt2_compliant_tag,))
-    _lib.impl(_name, _for_dispatcher(_operator, _PLAIN[_name]), "CompositeExplicitAutograd")
-    for _kind, (_key, _) in DEVICES.items():
-        _lib.impl(_name, _for_dispatcher(_operator, DIRECT[_kind][_name]), _key)
+    for _key, _functions in (*_DISPATCHED, ("CompositeExplicitAutograd", device_functions(plain))):
+        _function = _functions[_name]
+        if _name.startswith("rows_backward"):
+            _function = _checked(_function)
+        _lib.impl(_name, _for_dispatcher(_operator, _function), _key)
     _fake = getattr(shapes, "rows_backward_inplace" if _name == "rows_backward_" else _name)
     torch.library.register_fake(f"dpo_fast::{_name}", _for_dispatcher(_operator, _fake), lib=_lib)

@@ -37,8 +37,8 @@ _SEQ_SAVED = 4
 _HAS_CUDA_KERNELS = has_cuda_kernels()
 
 
-# A tensor made like a number that is seen as a tensor of its shape takes half the time of a new one. These patterns are
-# of the CPU alone, one number each, and made at a shape's second use: shapes that change with every call pay nothing.
+# A tensor made like another takes half the time of a new one. These patterns are of the CPU alone, a number each, and
+# made at a shape's second use: shapes that change with every call pay nothing.
 _PATTERNS: dict[tuple[Sequence[int], torch.dtype], Tensor | None] = {}
 _MOST_PATTERNS = 256
 
@@ -51,18 +51,17 @@ def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty_like(pattern)
     new = torch.empty(shape, dtype=dtype, device=like.device)
     if not torch.is_inference_mode_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
-        _remember(shape, new)
+        _remember((tuple(shape), dtype), new)
     return new
 
 
-def _remember(shape: tuple[int, ...], new: Tensor) -> None:
-    key = (tuple(shape), new.dtype)
+def _remember(key: tuple[Sequence[int], torch.dtype], new: Tensor) -> None:
     if key not in _PATTERNS:
         if len(_PATTERNS) >= _MOST_PATTERNS:
             _PATTERNS.clear()
         _PATTERNS[key] = None
-    elif new.numel() > 1:  # of a single number, or of none, strides would be passed on
-        _PATTERNS[key] = new.new_empty(()).expand(shape)
+    else:  # of a single number seen as a tensor of one or none, strides would be passed on
+        _PATTERNS[key] = new.new_empty(()).expand(key[0]) if new.numel() > 1 else torch.empty_like(new)
 
 
 def _token_tensors(like: Tensor, targets: Tensor, wanted: int, keep: bool) -> TokenResult:
