@@ -370,8 +370,9 @@ def linear_dpo_loss(
     if loss.unpaired or desirable is not None or ld_alpha is not None or choice.numbers.pair_beta is not None:
         n_seqs = check_sequences(hidden, rows, seqs, "hidden")
         choice, pairs = with_pairs(choice, n_seqs, pairs, desirable, hidden)
+    looks_at_all = wpo or bool(outputs) or loss.z_loss_weight > 0
     weights = token_weights_of(
-        loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, logit_options.ignore_index, wpo or bool(outputs)
+        loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, logit_options.ignore_index, looks_at_all
     )
     rows = rows._replace(token_weights=weights)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):

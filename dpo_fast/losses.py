@@ -130,8 +130,9 @@ def dpo_loss(
         check_rows(logits, rows)
         n_seqs = check_sequences(logits, rows, seqs)
         choice, pairs = with_pairs(choice, n_seqs, pairs, desirable, logits)
+    looks_at_all = wpo or bool(outputs) or loss.z_loss_weight > 0
     weights = token_weights_of(
-        loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, logit_options.ignore_index, wpo or bool(outputs)
+        loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, logit_options.ignore_index, looks_at_all
     )
     rows = rows._replace(token_weights=weights)
     if ref_logits is not None:

@@ -24,6 +24,7 @@ from dpo_fast._checks import (
     integer,
     number,
     only_logit_keywords,
+    refuse_unknown,
     split_logit_keywords,
     truth,
     wanted_statistics,
@@ -39,7 +40,7 @@ from dpo_fast._loss.options import (
     split_pair_numbers,
 )
 from dpo_fast._native import get_num_threads, set_num_threads
-from dpo_fast._numpy_rows import Array, Bounds, PairLosses, Rows, address, floats, floats_or_none, integers
+from dpo_fast._numpy_rows import LOGIT_TYPES, Array, Bounds, PairLosses, Rows, address, floats, floats_or_none, integers
 from dpo_fast.outputs import DPOOutput, TokenOutput
 
 __all__ = [
@@ -112,11 +113,12 @@ def selective_log_softmax(
 ) -> Any:
     """As `dpo_fast.selective_log_softmax`, for arrays: logits (..., V), index (...) or (..., K).
 
-    The result has the logits' type, or `dtype`. With grad_logps, in the index's shape, it is (log-probs, gradient with
-    respect to logits).
+    The result has the logits' type, or `dtype`, one of the types of logits. With grad_logps, in the index's shape, it
+    is (log-probs, gradient with respect to logits).
     """
     options = LogitOptions(IGNORE_NOTHING, number("temperature", temperature))
     logits = np.asanyarray(logits)
+    own = logits.dtype if dtype is None else _float_type(dtype)
     index = integers("index", index)
     if logits.ndim < 1 or index.ndim not in (logits.ndim - 1, logits.ndim):
         raise ValueError(
@@ -137,7 +139,7 @@ def selective_log_softmax(
     logps = saved[0].reshape(index.shape)
     if mask is not None:
         logps = np.where(mask, logps, logps.dtype.type(0))
-    logps = logps.astype(logits.dtype if dtype is None else dtype)
+    logps = logps.astype(own)
     if grad_logps is None:
         return logps
     grad = floats("grad_logps", grad_logps, rows.wide)
@@ -145,6 +147,17 @@ def selective_log_softmax(
     if mask is not None:
         grad = np.where(mask, grad, grad.dtype.type(0))
     return logps, rows.backward(False, saved, token_logps=grad).reshape(logits.shape)
+
+
+def _float_type(dtype: Any) -> np.dtype[Any]:
+    """A type that log-probs can be given in."""
+    try:
+        found: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        found = np.dtype(np.bool_)
+    if found.name not in LOGIT_TYPES:
+        raise TypeError(f"dtype must be a floating-point type, one of {', '.join(LOGIT_TYPES)}, found {dtype!r}")
+    return found
 
 
 def _sequence_forward(rows: Rows, bounds: Bounds, double_sums: bool = False) -> tuple[Array, tuple[Array, Array]]:
@@ -245,7 +258,7 @@ def _choose(
 
 
 def _visible_weights(loss: Loss, rows: Rows, bounds: Bounds, weights: Array, given: Array | float) -> Array:
-    """LD-DPO's weights of 0 as tiny ones, because WPO looks at all tokens."""
+    """LD-DPO's weights of 0 as tiny ones, because WPO and the z-loss look at all tokens."""
     visible = np.maximum(weights, TINY_WEIGHT) * given
     if loss.options.average:  # over nothing but tiny weights it would be one of these tokens, and no longer 0
         visible = visible * bounds.by_token(bounds.some(weights * given), visible.shape)
@@ -281,6 +294,7 @@ def dpo_loss(
     the losses' sum; inplace_backward writes it over the logits. A function as loss_type then has to return (losses,
     derivatives by the chosen log-probs, derivatives by the rejected), [P] each.
     """
+    refuse_unknown("dpo_loss", options.keys() - DPOKeywords.__annotations__.keys(), DPOKeywords.__annotations__)
     logit_options, keywords = split_logit_keywords(options), dict(**options)
     wpo, with_grad, inplace = (
         truth("wpo", wpo),
@@ -300,7 +314,7 @@ def dpo_loss(
         weights = ld_dpo_weights(targets, ld_alpha, pairs=pairs, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
         given: Array | float = 1.0 if rows.weights is None else rows.weights
         token_weights = weights * given
-        if ld_alpha == 0 and wpo:
+        if ld_alpha == 0 and (wpo or loss.z_loss_weight):
             token_weights = _visible_weights(loss, rows, bounds, weights, given)
         rows = Rows(logits, targets, logit_options, token_weights=token_weights)
     if ref_logits is not None:

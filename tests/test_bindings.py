@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_calls import LOGIT_TYPES, LOSSES, STATISTICS, Batch, address, loaded, loss_options, pair_arrays, stored
 
-from dpo_fast import _cpu, reference
+from dpo_fast import _cpu, _reference_losses, reference
 from dpo_fast._arguments import KernelGrads, KernelLosses, KernelOut, KernelRows, KernelSaved
 
 pytestmark = pytest.mark.cpu_only
@@ -423,9 +423,9 @@ def test_score_margin(name):
     ratios = logps - ref
     c, d = ratios[:P], ratios[P:]
     x = beta * (c - d - 2 * np.maximum(0, -c)) + 0.3 * (lengths[:P] - lengths[P:]) - margin
-    side = reference.PairSide(x, x, lengths[:P], {})
-    none = reference.PairSide(0 * x, 0 * x, lengths[:P], {})
-    expected = reference.pair_losses(name, side, none, 1.0, smoothing, {})
+    side = _reference_losses.PairSide(x, x, lengths[:P], {})
+    none = _reference_losses.PairSide(0 * x, 0 * x, lengths[:P], {})
+    expected = _reference_losses.pair_losses(name, side, none, 1.0, smoothing, {})
     np.testing.assert_allclose(results["losses"], expected, rtol=1e-12)
     np.testing.assert_allclose(results["chosen_rewards"], beta * c, rtol=1e-12)
     np.testing.assert_allclose(results["rejected_rewards"], beta * d, rtol=1e-12)

@@ -219,3 +219,26 @@ def test_an_empty_microbatch():
     for options in ({}, {"reduction": "sum"}, {"reduction": "none"}):
         with pytest.raises(ValueError, match="there are no pairs"):
             dpo_fast.dpo_loss(x, targets, pairs=none, **options)
+
+
+@pytest.mark.parametrize("more", [{}, {"outputs": ("entropy",)}, {"wpo": True}], ids=str)
+@pytest.mark.parametrize("average", [False, True])
+def test_z_loss_beside_an_ld_alpha_of_0(average, more):
+    """It is over all tokens, whatever else is asked for: an ld_alpha of 0 is the limit of small ones."""
+    problem = Problem()
+    hidden, weight = problem.hidden.requires_grad_(), problem.weight.requires_grad_()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    options = {"ld_alpha": 0.0, "z_loss_weight": 0.1, "average": average, **more}
+    known = {k: v for k, v in options.items() if k != "outputs"}
+    args = (to_numpy(logits), problem.targets.numpy(), problem.ref.numpy())
+    exact, exact_grad = reference.dpo_loss(*args, **known), reference.dpo_loss_grad(*args, **known)
+    out = dpo_fast.dpo_loss(logits, problem.targets, problem.ref, **options)
+    np.testing.assert_allclose(out.loss.item(), exact.loss, rtol=1e-9)
+    [grad] = torch.autograd.grad(out.loss, logits)
+    np.testing.assert_allclose(to_numpy(grad), exact_grad, rtol=1e-8, atol=1e-12)
+    expected = torch.autograd.grad(hidden @ weight.T, (hidden, weight), torch.tensor(exact_grad))
+    for how in ({}, {"memory_budget": 1}):
+        found = dpo_fast.linear_dpo_loss(hidden, weight, problem.targets, problem.ref, **options, **how)
+        np.testing.assert_allclose(found.loss.item(), exact.loss, rtol=1e-9)
+        for a, b in zip(torch.autograd.grad(found.loss, (hidden, weight)), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)

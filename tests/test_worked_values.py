@@ -124,3 +124,63 @@ def test_every_layout(layout, level):
     starts |= {"one against several": 2 * torch.arange(n), "shared prompt": 5 * torch.arange(n) + 1}
     for k in (0, 1):
         torch.testing.assert_close(at_targets[starts[layout] + k], SLOPES * (1 - p), rtol=0, atol=1e-6)
+
+
+# log pi -2.8, -2.3 and log ref -2.0, -2.0: log-ratios -0.8 (chosen) and -0.3 (rejected), with 7 and 4 tokens; beta 0.5
+# gives x = -0.25, the loss log(1 + exp(0.25)) = 0.825939 and its slope -sigmoid(0.25) = -0.562177 in x.
+ADDED = {
+    # DPO-Positive: 0.5 (-0.8 + 0.3 - 2 max(0, 0.8)) = -1.05; dx/dlr_c = 0.5 (1 + 2), dx/dlr_d = -0.5
+    "dpop_lambda": ({"dpop_lambda": 2.0}, -1.05, 1.350058, -0.740775, 1.5),
+    # R-DPO: 0.5 (-0.5) + 0.1 (7 - 4) = 0.05: a longer chosen completion is preferred for its length already
+    "length_penalty": ({"length_penalty": 0.1}, 0.05, 0.668460, -0.487503, 0.5),
+    # ODPO: 0.5 (-0.5) - 0.4 = -0.65: the rewards have to differ by more than 0.4
+    "margin": ({"margin": [0.4]}, -0.65, 1.070055, -0.657010, 0.5),
+    # a beta of the pair's own: 2 (-0.5) = -1
+    "beta": ({"beta": [2.0]}, -1.0, 1.313262, -0.731059, 2.0),
+}
+
+
+@pytest.mark.parametrize("path", LOGPS)
+@pytest.mark.parametrize("name", ADDED)
+def test_numbers_in_the_score_margin(name, path):
+    given, x, loss, slope, dx = ADDED[name]
+    function, array = LOGPS[path]
+    options = {k: v if isinstance(v, float) else array(v) for k, v in given.items()}
+    options = {"beta": 0.5, "lengths": array([7, 4]), **options}
+    assert loss == pytest.approx(np.log1p(np.exp(-x)), abs=1e-6)
+    out = function(array([-2.8, -2.3]), array([-2.0, -2.0]), **options)
+    assert float(out.loss) == pytest.approx(loss, abs=1e-6)
+    beta = given.get("beta", [0.5])[0]
+    assert float(out.chosen_rewards[0]) == pytest.approx(beta * -0.8)
+    assert float(out.rejected_rewards[0]) == pytest.approx(beta * -0.3)
+    assert slope == pytest.approx(-1 / (1 + np.exp(x)), abs=1e-6)
+    grad = gradient(path, array([-2.8, -2.3]), array([-2.0, -2.0]), **options)
+    np.testing.assert_allclose(grad, [slope * dx, -slope * beta], atol=1e-6)
+
+
+def gradient(path, x, *args, **options):
+    """The gradient of the loss by log-probs, or by logits [S, T, V]."""
+    name = "preference_loss" if x.ndim == 1 else "dpo_loss"
+    if path == "reference":
+        return getattr(reference, f"{name}_grad")(x, *args, **options)
+    if path == "numpy":
+        return getattr(dpo_fast.numpy, name)(x, *args, with_grad=True, **options)[1]
+    x.requires_grad_()
+    getattr(dpo_fast, name)(x, *args, **options).loss.backward()
+    return x.grad.numpy()
+
+
+@pytest.mark.parametrize("path", LOGITS)
+def test_z_loss(path):
+    """Three tokens with the log-sum-exps log 4, log 4 and 0: weight 0.1 adds 0.1 * 2 (log 4)^2 / 3 = 0.128121."""
+    function, array = LOGITS[path]
+    x, targets = np.log([[[3.0, 1.0], [2.0, 2.0]], [[0.5, 0.5], [7.0, 7.0]]]), array([[0, 0], [0, -100]])
+    # log(3/4) + log(1/2) against log(1/2): r = log(3/4), and log(1 + 4/3) = 0.847298
+    assert float(function(array(x), targets, beta=1.0).loss) == pytest.approx(0.847298, abs=1e-6)
+    found = function(array(x), targets, beta=1.0, z_loss_weight=0.1)
+    assert float(found.loss) == pytest.approx(0.975419, abs=1e-6)
+    assert float(found.losses[0]) == pytest.approx(0.847298, abs=1e-6)
+    without, grad = (gradient(path, array(x), targets, beta=1.0, **more) for more in ({}, {"z_loss_weight": 0.1}))
+    # 0.1 * 2 log(4) / 3 = 0.092420, shared out by softmax
+    np.testing.assert_allclose((grad - without)[0], 0.092420 * np.array([[0.75, 0.25], [0.5, 0.5]]), atol=1e-6)
+    np.testing.assert_allclose((grad - without)[1], 0, atol=1e-15)

@@ -140,7 +140,7 @@ def token_weights_of(
     ignore_index: int,
     looks_at_all: bool,
 ) -> Tensor | None:
-    """The weights given, times those of LD-DPO; looks_at_all: WPO or statistics are over all tokens."""
+    """The weights given, times those of LD-DPO; looks_at_all: WPO, the z-loss or statistics are over all tokens."""
     check_no_grad("token_weights", token_weights)
     if ld_alpha is None:
         return token_weights
