@@ -7,7 +7,7 @@ threads. Each puts its kernels on the stream and returns; nothing waits, copies 
 in that device's memory, in the NamedTuples of dpo_fast/_arguments.py. Values are not checked here, because that would
 wait for the GPU: an invalid target or pair gives NaN and reads nothing out of bounds.
 
-What the CPU's backward works out again, forward keeps here in `seq_saved` [n_seqs, SEQ_SAVED] (float64), which it always
+Forward keeps in `seq_saved` [n_seqs, SEQ_SAVED] (float64) the numbers that the CPU's backward works out again; it always
 writes. `scratch` is memory that a call needs while it runs: `forward_scratch_bytes` of it in the forward functions.
 Pairs that are named come with `order` and `offsets` wherever gradients of pairs add up to gradients of sequences.
 """
@@ -96,7 +96,8 @@ cdef int check(int status) except -1:
     if status == 0:
         return 0
     cudaGetLastError()  # otherwise the next launch, which looks there, would be blamed
-    text = f"CUDA error {cudaGetErrorName(<cudaError_t>status).decode()}: {cudaGetErrorString(<cudaError_t>status).decode()}"
+    name, what = cudaGetErrorName(<cudaError_t>status).decode(), cudaGetErrorString(<cudaError_t>status).decode()
+    text = f"CUDA error {name}: {what}"
     build = "DPO_FAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir --no-binary dpo_fast dpo_fast"
     if status == cudaErrorInsufficientDriver:
         (major, minor), driver = runtime_version(), driver_version()
@@ -104,7 +105,8 @@ cdef int check(int status) except -1:
         release = " (release 580 or later)" if major == 13 else ""
         raise RuntimeError(
             f"{text}. The NVIDIA driver {found}; this build of dpo_fast needs one for CUDA {major}.{minor}{release}: "
-            f"update the driver, or build dpo_fast from source with an nvcc that it serves, such as that of CUDA 12 ({build})"
+            f"update the driver, or build dpo_fast from source with an nvcc that it serves, such as that of CUDA 12 "
+            f"({build})"
         )
     if status == cudaErrorNoKernelImageForDevice:
         raise RuntimeError(
@@ -234,12 +236,12 @@ def dpo_forward(
             &r, &q, &p, &options, &tokens, wpo, ref, ref_double, sums, saved, &out, at.stream))
 
 
-def backward(object rows, object seqs, object pairs, object place, object scratch, object saved, object grads, object out):
+def backward(rows, seqs, pairs, place, scratch, saved, grads, out):
     """Fills the gradient of the logits (which may be the logits) from what forward left and the incoming gradients of
     tokens, of the sequence log-probs (with `seqs`), and of the losses (with `seqs` and `pairs`, else None).
 
-    seq_saved is read with `seqs`; the order of the pairs, pair_grads and scratch (float64 [n_seqs]) only with a gradient
-    of `losses`, which costs one launch more.
+    seq_saved is read with `seqs`; the order of the pairs, pair_grads and scratch (float64 [n_seqs]) only with a
+    gradient of `losses`, which costs one launch more.
 
     Raises:
         ValueError: as dpo_forward.

@@ -168,9 +168,13 @@ class Float64Results(TorchDispatchMode):
 
 def test_devices_without_float64(monkeypatch):
     """MPS has no float64: sums and derivatives are float32 there."""
-    for module in (plain, register.shapes):
-        monkeypatch.setattr(module, "accurate_type", lambda device: torch.float32)
-    monkeypatch.setattr("dpo_fast._torch.sequences.accurate_type", lambda device: torch.float32)
+    mode = Float64Results()
+
+    def accurate_type(device):
+        return torch.float32 if mode.on_device else torch.float64
+
+    for module in ("plain", "shapes", "sequences"):
+        monkeypatch.setattr(f"dpo_fast._torch.{module}.accurate_type", accurate_type)
     functions = register.device_functions(plain)
     kernels = DIRECT["cpu"]["preference_forward"]
 
@@ -183,7 +187,6 @@ def test_devices_without_float64(monkeypatch):
     functions["preference_forward"] = on_the_host
     rows = Rows(torch.randint(0, 33, (4, 5)), None, torch.rand(4, 5), LogitOptions())
     a = Pairs(torch.tensor([[0, 1], [2, 3]]), PairNumbers(), None, choose_loss().options, 0.0)
-    mode = Float64Results()
     with mode, monkeypatch.context() as patch:
         patch.setattr(plain, "call", lambda operator, tensor, record: functions[operator.name](tensor, record))
         record = DPOForward(rows, Sequences(None, True), a, torch.randn(4), True, 0, True)

@@ -13,11 +13,11 @@ import torch
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from trl_models import arguments_of, llama, random_text, word_tokenizer  # noqa: E402
+from trl_models import arguments_of, llama, random_text, word_tokenizer
 
-import dpo_fast  # noqa: E402
-from dpo_fast.integrations import trl_trainer  # noqa: E402
-from dpo_fast.integrations.trl import ChunkedLogProbs, check_trl, use_dpo_fast  # noqa: E402
+import dpo_fast
+from dpo_fast.integrations import trl_trainer
+from dpo_fast.integrations.trl import ChunkedLogProbs, check_trl, use_dpo_fast
 
 LOSSES = [
     "sigmoid",

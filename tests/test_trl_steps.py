@@ -11,10 +11,10 @@ import torch
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from trl_models import VOCAB, arguments_of, llama, random_text, word_tokenizer  # noqa: E402
+from trl_models import VOCAB, arguments_of, llama, random_text, word_tokenizer
 
-from dpo_fast.integrations import trl_trainer  # noqa: E402
-from dpo_fast.integrations.trl import use_dpo_fast  # noqa: E402
+from dpo_fast.integrations import trl_trainer
+from dpo_fast.integrations.trl import use_dpo_fast
 
 WAYS = ("trl", "use_dpo_fast", "whole_loss")
 PROMPT = 3
