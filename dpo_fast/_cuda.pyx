@@ -8,7 +8,7 @@ in that device's memory, in the NamedTuples of dpo_fast/_arguments.py. Values ar
 wait for the GPU: an invalid target or pair gives NaN and reads nothing out of bounds.
 
 `seq_saved` [n_seqs, SEQ_SAVED] (float64) holds the numbers that the CPU's backward works out again; forward always
-writes. `scratch` is memory that a call needs while it runs: `forward_scratch_bytes` of it in the forward functions.
+writes it. `scratch` is memory that a call needs while it runs: `forward_scratch_bytes` of it in the forward functions.
 Pairs that are named come with `order` and `offsets` wherever gradients of pairs add up to gradients of sequences.
 """
 
