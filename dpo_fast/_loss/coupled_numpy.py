@@ -1,4 +1,4 @@
-"""The losses of _coupled.py for NumPy arrays, with their gradients."""
+"""The losses of coupled.py for NumPy arrays, with their gradients."""
 
 from __future__ import annotations
 
