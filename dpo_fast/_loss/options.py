@@ -154,8 +154,8 @@ class LossKeywords(TypedDict, total=False):
         log-probability: beta (r - dpop_lambda max(0, -ratio of the chosen)) in place of beta r (DPO-Positive, Pal et
         al. 2024, arXiv:2402.13228, eq. 3).
     length_penalty: alpha (n_chosen - n_rejected) is added to beta r, with n the numbers of tokens (R-DPO, Park et al.
-        2024, arXiv:2403.19159, eq. 9).
-    margin: [P], subtracted from beta r (ODPO, Amini et al. 2024, arXiv:2402.10571, eq. 5); no gradient.
+        2024, arXiv:2403.19159).
+    margin: [P], subtracted from beta r (ODPO, Amini et al. 2024, arXiv:2402.10571); no gradient.
     z_loss_weight: adds this times the mean, over the tokens that count of the sequences in the pairs, of the squared
         log-sum-exp of the logits; not from log-probs alone, nor with reduction "none".
     num_pairs: the sum of the losses is divided by this for reduction "mean", instead of the number of pairs here: the
