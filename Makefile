@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 WHEEL_VENV ?= .venv-wheel
 WHEEL_BIN := $(abspath $(WHEEL_VENV))/bin
 GLIBC ?= 2.28
-SOURCES := setup.py pyproject.toml $(wildcard dpo_fast/*.pyx dpo_fast/*.pxd dpo_fast/*.pxi csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CYTHON := $(wildcard dpo_fast/*.pyx dpo_fast/*.pxd dpo_fast/*.pxi)
+SOURCES := setup.py pyproject.toml $(CYTHON) $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/*/*.h tests/*/*.cpp)
 
 .PHONY: help demo test test-cuda wheel test-wheel bench bench-cuda sanitize lint format clean
