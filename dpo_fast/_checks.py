@@ -252,6 +252,12 @@ def named_statistics(wanted: int) -> tuple[Statistic, ...]:
     return tuple(statistic for statistic in STATISTICS if STATISTIC_BITS[statistic.name] & wanted)
 
 
+def statistic(name: str, wanted: int, values: Sequence[Any]) -> Any:
+    """The one of this name among the values of the statistics wanted, None where it is not."""
+    bit = STATISTIC_BITS[name]
+    return values[(wanted & (bit - 1)).bit_count()] if wanted & bit else None
+
+
 def check_shape(name: str, found: Sequence[int], expected: Sequence[int], reason: str, like: Any = "") -> None:
     """Raises ValueError unless the shapes are equal; `reason` and `like` say where the expectation comes from."""
     if tuple(found) != tuple(expected):

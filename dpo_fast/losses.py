@@ -15,7 +15,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import STATISTIC_BITS, LogitKeywords, named_statistics, split_logit_keywords, truth
+from dpo_fast._checks import STATISTIC_BITS, LogitKeywords, split_logit_keywords, statistic, truth
 from dpo_fast._loss.levels import (
     choose,
     loss_statistics,
@@ -153,8 +153,7 @@ def dpo_loss(
         kept = kept_rows(targets, logit_options.ignore_index, weights)
         out = with_tokens(out, all_wanted, outputs, found[5:], targets, kept, cu_seqlens)
         if z_loss:
-            names = [each.name for each in named_statistics(all_wanted)]
-            out = with_z_loss(out, found[6 + names.index("lse")], choice, targets, kept, seqs)
+            out = with_z_loss(out, statistic("lse", all_wanted, found[6:]), choice, targets, kept, seqs)
     return reduced(out, choice, ref_logps)
 
 

@@ -182,13 +182,10 @@ class LossKeywords(TypedDict, total=False):
 
 def split_pair_numbers(options: dict[str, Any], pair_weights: Any, beta: Any) -> PairNumbers:
     """Takes the numbers of pairs out of a loss's keywords; beta: None where it is one number for all."""
-    others = {name: options.pop(name) for name in PAIR_KEYWORDS if options.get(name) is not None} if options else None
-    if options:
-        for name in PAIR_KEYWORDS:
-            options.pop(name, None)
-    if pair_weights is None and beta is None and not others:
+    others = [options.pop(name, None) for name in PAIR_KEYWORDS] if options else []
+    if pair_weights is None and beta is None and all(array is None for array in others):
         return NO_NUMBERS
-    return PairNumbers(pair_weights, beta, **(others or {}))
+    return PairNumbers(pair_weights, beta, *others)
 
 
 def _listed(names: Iterable[Any]) -> str:

@@ -18,7 +18,6 @@ from dpo_fast._checks import STATISTIC_BITS
 from dpo_fast._loss.options import NO_NUMBERS
 from dpo_fast._torch.checks import LOGIT_TYPES
 from dpo_fast._torch.operators import PLAIN, Grads, Pairs, PreferenceResult, Rows, Saved, Sequences
-from dpo_fast._torch.sequences import wide_type
 
 _NO_NUMBERS = (None,) * len(NO_NUMBERS)
 _NO_STATISTICS = (None,) * len(STATISTIC_BITS)
@@ -88,6 +87,15 @@ class Addresses:
         baseline = None if pairs.baseline is None else self("baseline", pairs.baseline, torch.float64)
         return KernelPairs(index, n_pairs, pairs.divisor, baseline, numbers)
 
+    def pairs_backward(self, pairs: Tensor | None, pair_grads: Tensor, divisor: float) -> KernelPairs:
+        """Pairs as backward reads them: their numbers are in pair_grads."""
+        return KernelPairs(self("pairs", pairs, torch.int64), pair_grads.shape[0], divisor, None, _NO_NUMBERS)
+
+    def reference(self, ref_logps: Tensor | None) -> tuple[int | None, bool]:
+        """The reference's log-probs, float32 or float64, and whether they are float64."""
+        is_double = ref_logps is not None and ref_logps.dtype is torch.float64
+        return self("ref_logps", ref_logps, torch.float32, torch.float64), is_double
+
     def losses(self, losses: PreferenceResult) -> KernelLosses:
         """Results of the losses."""
         loss, each, chosen, rejected, grads = losses
@@ -124,11 +132,6 @@ def gradient(grad: Tensor) -> KernelOut:
     return KernelOut(grad.data_ptr(), strides[0] if grad.dim() == 3 else 0, strides[-2], strides[-1])
 
 
-def reads_float64(tensor: Tensor | None) -> bool:
-    """Whether the kernels read it as float64; else as float32."""
-    return tensor is not None and tensor.dtype is torch.float64
-
-
 def wpo_statistics(a_wpo: bool, wanted: int, like: Tensor, tensors: list[Tensor]) -> tuple[int, list[Tensor]]:
     """The statistics with the one that WPO reads, in memory of its own where nobody asked for it."""
     bit = STATISTIC_BITS["log_sum_sq_probs"]
@@ -136,6 +139,3 @@ def wpo_statistics(a_wpo: bool, wanted: int, like: Tensor, tensors: list[Tensor]
         return wanted, tensors
     before = (wanted & (bit - 1)).bit_count()
     return wanted | bit, [*tensors[:before], torch.empty_like(like), *tensors[before:]]
-
-
-__all__ = ["Addresses", "gradient", "pointer", "reads_float64", "statistics", "wide_type", "wpo_statistics"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import STATISTIC_BITS, named_statistics
+from dpo_fast._checks import named_statistics, statistic
 from dpo_fast._torch.operators import (
     DPO_FORWARD,
     LINEAR_DPO_FORWARD,
@@ -133,12 +133,10 @@ class TokenLogps(torch.autograd.Function):
         if ctx is None:
             return logps, *statistics
         ctx.wanted, ctx.inplace_backward = a.wanted, inplace_backward
-        entropy: Any = statistics[0] if a.wanted & STATISTIC_BITS["entropy"] else None
+        entropy = statistic("entropy", a.wanted, statistics)
         sequence = SequenceForward(a.rows, Sequences(None, False), False, True)
         _save(ctx, logits, sequence, None, Saved(logps, stats, entropy, None, None))
-        ctx.mark_non_differentiable(*_not_differentiable(a.wanted, statistics))
-        # copies of [N] numbers: the saved ones stay whole when the caller changes an output in place
-        return logps.clone(), *[tensor.clone() if tensor is entropy else tensor for tensor in statistics]
+        return _token_outputs(ctx, a.wanted, logps, statistics, entropy)
 
     @staticmethod
     @differentiable_once
@@ -149,8 +147,12 @@ class TokenLogps(torch.autograd.Function):
         return _logits_gradient(ctx, grad), None, None
 
 
-def _not_differentiable(wanted: int, statistics: Sequence[Tensor]) -> list[Tensor]:
-    return [t for each, t in zip(named_statistics(wanted), statistics, strict=True) if not each.differentiable]
+def _token_outputs(ctx: Any, wanted: int, logps: Tensor, statistics: list[Tensor], entropy: Any) -> tuple[Tensor, ...]:
+    """Log-probs and statistics as a function gives them away, marked for autograd."""
+    named = zip(named_statistics(wanted), statistics, strict=True)
+    ctx.mark_non_differentiable(*[tensor for each, tensor in named if not each.differentiable])
+    # copies of [N] numbers: the saved ones stay whole when the caller changes an output in place
+    return logps.clone(), *[tensor.clone() if tensor is entropy else tensor for tensor in statistics]
 
 
 def _differentiable(wanted: int, grads: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
@@ -251,11 +253,10 @@ class LinearTokenLogps(torch.autograd.Function):
         (logps, stats, statistics), buffer = call(LINEAR_TOKEN_FORWARD, hidden, a)
         if ctx is None:
             return logps, *statistics
-        entropy: Any = statistics[0] if a.wanted & STATISTIC_BITS["entropy"] else None
+        entropy = statistic("entropy", a.wanted, statistics)
         _save_head(ctx, hidden, a, Saved(logps, stats, entropy, None, None))
         ctx.buffer, ctx.wanted, ctx.compact = buffer if a.keep else None, a.wanted, a.compact
-        ctx.mark_non_differentiable(*_not_differentiable(a.wanted, statistics))
-        return logps.clone(), *[tensor.clone() if tensor is entropy else tensor for tensor in statistics]
+        return _token_outputs(ctx, a.wanted, logps, statistics, entropy)
 
     @staticmethod
     @differentiable_once
@@ -306,7 +307,7 @@ class LinearDPOLoss(torch.autograd.Function):
         if ctx is not None:
             _save_head(ctx, hidden, a, Saved(logps, stats, None, pair_grads, None))
             # the z-loss is read off lse again where the gradients are not made in forward
-            ctx.lse = statistics[-1] if a.wanted & STATISTIC_BITS["lse"] else None
+            ctx.lse = statistic("lse", a.wanted, statistics)
             ctx.n_seqs = seq_logps.shape[0]
             ctx.a = a._replace(head=None, rows=None)  # type: ignore[arg-type]
             ctx.grads = list(grads) if any(a.need) else None

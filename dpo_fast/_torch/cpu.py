@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dpo_fast import _cpu
-from dpo_fast._arguments import KernelPairs
 from dpo_fast._torch import shapes
-from dpo_fast._torch.addresses import Addresses, gradient, pointer, reads_float64, statistics, wpo_statistics
+from dpo_fast._torch.addresses import Addresses, gradient, pointer, statistics, wpo_statistics
 from dpo_fast._torch.operators import (
     DPOForward,
     DPOResult,
@@ -26,8 +25,6 @@ from dpo_fast._torch.operators import (
     TokenResult,
 )
 from dpo_fast._torch.sequences import count_sequences, kept_rows, refuse_bad_targets, wide_type
-
-_NO_NUMBERS = (None,) * len(_cpu.pair_numbers())
 
 
 def _naming_targets(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,8 +73,7 @@ def dpo_forward(logits: Tensor, a: DPOForward) -> DPOResult:
         a.pairs.loss,
         torch.get_num_threads(),
         a.wpo,
-        at("ref_logps", a.ref_logps, torch.float32, torch.float64),
-        reads_float64(a.ref_logps),
+        *at.reference(a.ref_logps),
         logps.data_ptr(),
         pointer(stats),
         statistics(wanted, found),
@@ -93,8 +89,7 @@ def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
         _cpu.expect_writes(grad.data_ptr(), grad.nbytes)
     seqs = pairs = None
     if g.loss is not None or g.losses is not None:
-        n_pairs = a.saved.pair_grads.shape[0]  # type: ignore[union-attr]
-        pairs = KernelPairs(at("pairs", a.pairs, torch.int64), n_pairs, a.divisor, None, _NO_NUMBERS)
+        pairs = at.pairs_backward(a.pairs, a.saved.pair_grads, a.divisor)  # type: ignore[arg-type]
     if pairs is not None or g.seq_logps is not None:
         seqs = at.sequences(a.seqs, count_sequences(a.rows.targets, a.seqs.cu_seqlens))
     threads = torch.get_num_threads()
@@ -112,8 +107,7 @@ def preference_forward(logps: Tensor, a: PreferenceForward) -> PreferenceResult:
         a.round_sums,
         logps.shape[0],
         at("logps", logps, logps.dtype),
-        at("ref_logps", a.ref_logps, torch.float32, torch.float64),
-        reads_float64(a.ref_logps),
+        *at.reference(a.ref_logps),
         at("lengths", a.lengths, torch.float64),
         at.losses(out),
     )
@@ -122,7 +116,7 @@ def preference_forward(logps: Tensor, a: PreferenceForward) -> PreferenceResult:
 
 def preference_backward(logps: Tensor, a: PreferenceBackward) -> Tensor:
     grad, at = shapes.preference_backward(logps, a), Addresses()
-    pairs = KernelPairs(at("pairs", a.pairs, torch.int64), a.pair_grads.shape[0], a.divisor, None, _NO_NUMBERS)
+    pairs = at.pairs_backward(a.pairs, a.pair_grads, a.divisor)
     incoming = (at("grad_loss", a.grad.loss, logps.dtype), at("grad_losses", a.grad.losses, logps.dtype))
     saved = at("pair_grads", a.pair_grads, torch.float64)
     _cpu.preference_backward(pairs, logps.dtype is torch.float64, logps.shape[0], saved, *incoming, grad.data_ptr())

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast import _cpu
 from dpo_fast._arguments import KernelPairs
 from dpo_fast._torch import plain, shapes
-from dpo_fast._torch.addresses import Addresses, gradient, pointer, reads_float64, statistics, wpo_statistics
+from dpo_fast._torch.addresses import Addresses, gradient, pointer, statistics, wpo_statistics
 from dpo_fast._torch.operators import (
     DPOForward,
     DPOResult,
@@ -31,8 +30,6 @@ from dpo_fast._torch.operators import (
     TokenResult,
 )
 from dpo_fast._torch.sequences import check_cu_seqlens, check_pair_numbers, count_sequences, wide_type
-
-_NO_NUMBERS = (None,) * len(_cpu.pair_numbers())
 
 
 def _kernels() -> Any:
@@ -118,8 +115,7 @@ def dpo_forward(logits: Tensor, a: DPOForward) -> DPOResult:
         _place(logits),
         _scratch(at, logits, _kernels().forward_scratch_bytes(rows)),
         a.wpo,
-        at("ref_logps", a.ref_logps, torch.float32, torch.float64),
-        reads_float64(a.ref_logps),
+        *at.reference(a.ref_logps),
         logps.data_ptr(),
         pointer(stats),
         statistics(wanted, found),
@@ -135,8 +131,7 @@ def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
     seqs = pairs = scratch = None
     n_seqs = count_sequences(a.rows.targets, a.seqs.cu_seqlens)
     if g.loss is not None or g.losses is not None:
-        n_pairs = a.saved.pair_grads.shape[0]  # type: ignore[union-attr]
-        pairs = KernelPairs(at("pairs", a.pairs, torch.int64), n_pairs, a.divisor, None, _NO_NUMBERS)
+        pairs = at.pairs_backward(a.pairs, a.saved.pair_grads, a.divisor)  # type: ignore[arg-type]
     if g.losses is not None and pairs is not None:
         pairs = _by_sequence(at, pairs, a.pairs, n_seqs)
         scratch = _scratch(at, logits, 8 * n_seqs)
@@ -159,8 +154,7 @@ def preference_forward(logps: Tensor, a: PreferenceForward) -> PreferenceResult:
         n_seqs,
         _place(logps),
         at("logps", logps, logps.dtype),
-        at("ref_logps", a.ref_logps, torch.float32, torch.float64),
-        reads_float64(a.ref_logps),
+        *at.reference(a.ref_logps),
         at("lengths", a.lengths, torch.float64),
         at.losses(out),
     )
@@ -169,7 +163,7 @@ def preference_forward(logps: Tensor, a: PreferenceForward) -> PreferenceResult:
 
 def preference_backward(logps: Tensor, a: PreferenceBackward) -> Tensor:
     grad, at = shapes.preference_backward(logps, a), Addresses()
-    pairs = KernelPairs(at("pairs", a.pairs, torch.int64), a.pair_grads.shape[0], a.divisor, None, _NO_NUMBERS)
+    pairs = at.pairs_backward(a.pairs, a.pair_grads, a.divisor)
     pairs = _by_sequence(at, pairs, a.pairs, logps.shape[0])
     incoming = (at("grad_loss", a.grad.loss, logps.dtype), at("grad_losses", a.grad.losses, logps.dtype))
     saved = at("pair_grads", a.pair_grads, torch.float64)

@@ -32,8 +32,6 @@ from dpo_fast._torch.operators import (
 from dpo_fast._torch.sequences import accurate_type, wide_type
 from dpo_fast._torch.tiles import plan_rows
 
-# Columns of seq_saved (enum SeqSaved in csrc/cuda/launch.h).
-_SEQ_SAVED = 4
 _HAS_CUDA_KERNELS = has_cuda_kernels()
 
 
@@ -76,11 +74,13 @@ def _token_tensors(like: Tensor, targets: Tensor, wanted: int, keep: bool) -> To
     )
 
 
-def _seq_saved(like: Tensor, n_seqs: int, keep: bool) -> Tensor | None:
+def _seq_saved(like: Tensor, n_seqs: int) -> Tensor | None:
     """The CUDA kernels keep what the CPU's backward works out again; they write it in any case."""
-    if _HAS_CUDA_KERNELS and like.is_cuda:
-        return _new(like, (n_seqs, _SEQ_SAVED), torch.float64)
-    return None
+    if not _HAS_CUDA_KERNELS or not like.is_cuda:
+        return None
+    from dpo_fast import _cuda
+
+    return _new(like, (n_seqs, _cuda.SEQ_SAVED), torch.float64)
 
 
 def _losses(like: Tensor, wide: torch.dtype, n_pairs: int, keep: bool) -> PreferenceResult:
@@ -100,7 +100,7 @@ def sequence_forward(logits: Tensor, a: SequenceForward) -> SequenceResult:
     n_seqs = checks.check_sequences(logits, a.rows, a.seqs)
     wide = torch.float64 if a.double_sums else wide_type(logits.dtype)
     tokens = _token_tensors(logits, a.rows.targets, 0, a.keep or logits.is_cuda)
-    return SequenceResult(_new(logits, (n_seqs,), wide), tokens.logps, tokens.stats, _seq_saved(logits, n_seqs, a.keep))
+    return SequenceResult(_new(logits, (n_seqs,), wide), tokens.logps, tokens.stats, _seq_saved(logits, n_seqs))
 
 
 def dpo_forward(logits: Tensor, a: DPOForward) -> DPOResult:
@@ -112,7 +112,7 @@ def dpo_forward(logits: Tensor, a: DPOForward) -> DPOResult:
         _losses(logits, wide, n_pairs, a.keep),
         _new(logits, (n_seqs,), wide),
         _token_tensors(logits, a.rows.targets, a.wanted, a.keep or logits.is_cuda),
-        _seq_saved(logits, n_seqs, a.keep),
+        _seq_saved(logits, n_seqs),
     )
 
 
