@@ -65,8 +65,8 @@ def _layout(batch: Mapping[str, Tensor]) -> Layout:
     versions = [(batch[key]._version, id(batch[key])) for key in ("spans", "cu_seqlens", "position_ids")]
     version, layout = _LAYOUTS.get(spans, (None, None))
     if version != versions:
-        layout = layout_of_spans(*(batch[key].cpu().numpy().astype("int64") for key in ("spans", "cu_seqlens")),
-                                 positions[0].cpu().numpy().astype("int64"))  # fmt: skip
+        host = [x.cpu().numpy().astype("int64") for x in (spans, batch["cu_seqlens"], positions[0])]
+        layout = layout_of_spans(host[0], host[1], host[2])
         _LAYOUTS[spans] = versions, layout
     found: Layout = layout
     return found

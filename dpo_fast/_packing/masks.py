@@ -3,9 +3,9 @@
 | form | attention | what the model is given | bytes |
 |---|---|---|---|
 | "bool" | sdpa, short | bool [1, 1, N, N] | N * N |
-| "runs" | sdpa, long | one attention call per run of rows over the rows that it sees | of runs with a past: own rows * rows seen |
+| "runs" | sdpa, long | a call per run of rows over the rows it sees | of a run with a past: own rows * rows seen |
 | "additive" | eager | 0 or the type's minimum [1, 1, N, N] | N * N * bytes of the type |
-| "blocks" | flex attention | BlockMask of 128 x 128 blocks | 8 * (N / 128)^2, and 16 * N for the function within blocks |
+| "blocks" | flex attention | BlockMask of 128 x 128 blocks | 16 * (N / 128)^2 + 16 * N |
 | "varlen" | flash attention | bounds of the sequences; nothing may be shared | 8 * S |
 
 The "runs" form is a mask object that only our sdpa function understands: any other attention that is handed one
@@ -15,6 +15,7 @@ depends on a setting that may have changed by then.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def varlen_bounds(layout: Layout, device: torch.device) -> dict[str, Any]:
         )
     bounds = [0, *(run.stop for run in layout.runs)]
     lengths = torch.tensor(bounds, dtype=torch.int32, device=device)
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(bounds))
     return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -117,7 +118,7 @@ class RunMask(BlockMask):
             bounds |= {run.start, run.stop, *(bound for part in run.past for bound in part)}
         cuts = sorted(bounds)
         at = {cut: i for i, cut in enumerate(cuts)}
-        self.sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+        self.sizes = [b - a for a, b in pairwise(cuts)]
         self.parts: list[tuple[list[int], list[int]]] = []  # which pieces a run's rows are, and which it sees
         self.masks: list[Tensor | None] = []
         for run in layout.runs:
@@ -191,7 +192,7 @@ def teach_sdpa() -> None:
 
 
 def make_mask(form: str, layout: Layout, window: int | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """The mask of one kind of layer. Dense ones are made anew; blocks and runs, which are small, stay with the layout."""
+    """The mask of one kind of layer. Dense ones are made anew; blocks and runs are small and stay with the layout."""
     if form == "bool":
         return dense_mask(layout, window, device)
     if form == "additive":

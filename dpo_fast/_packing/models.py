@@ -51,9 +51,7 @@ def unwrapped(model: Any) -> Any:
     while not isinstance(model, PreTrainedModel):
         if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
             raise TypeError("prompt learning (PEFT) puts virtual tokens before each sequence: it cannot run packed")
-        inner = next(
-            (model.__dict__.get("_modules", {}).get(n) for n in ("_orig_mod", "module") if hasattr(model, n)), None
-        )
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if not isinstance(inner, nn.Module):
@@ -87,7 +85,7 @@ def _check_config(name: str, config: Any) -> None:
     if config.get_text_config() is not config:
         raise TypeError(f"{name} has inputs other than text: packing knows token ids alone")
     for key, value in config.to_dict().items():
-        if value and isinstance(value, int) and _WINDOWS.search(key) and not _KNOWN_WINDOWS.match(key):
+        if value and _WINDOWS.search(key) and not _KNOWN_WINDOWS.match(key):
             raise TypeError(f"{name} limits attention by {key} = {value!r}, which packing does not know")
 
 
