@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
-    from dpo_fast.packing import head_options, packed_hidden
+    from dpo_fast.packing import head_options, packed_hidden, shared_prompts
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ _MODULE_OF = {
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
     "set_num_threads": "_native",
+    "shared_prompts": "packing",
     "token_logps": "logps",
 }
 
@@ -65,6 +66,7 @@ __all__ = [
     "selective_log_softmax",
     "sequence_logps",
     "set_num_threads",
+    "shared_prompts",
     "token_logps",
 ]
 

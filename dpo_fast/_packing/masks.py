@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dpo_fast._packing.layout import Layout
+from dpo_fast._packing.layout import Layout, Run
 
 BLOCK = 128
 
@@ -135,17 +135,29 @@ class RunMask(BlockMask):
         return f"RunMask(n_rows={self.n_rows}, n_runs={len(self.parts)})"
 
 
-def _mask_of_run(layout: Layout, run: Any, window: int | None, device: torch.device) -> Tensor | None:
+def _reach(layout: Layout, run: Run) -> int:
+    """How far back a run's last row looks, in places."""
+    first = run.past[0][0] if run.past else run.start
+    return int(layout.places[run.stop - 1] - layout.places[first])
+
+
+def _size_of_run(layout: Layout, run: Run, window: int | None) -> tuple[int, int]:
+    """Rows and columns of a run's mask; 0 where it needs none: plain causal attention is right."""
+    if not run.past and (window is None or _reach(layout, run) < window):
+        return 0, 0
+    own = run.stop - run.start
+    return own, own + sum(b - a for a, b in run.past)
+
+
+def _mask_of_run(layout: Layout, run: Run, window: int | None, device: torch.device) -> Tensor | None:
     """[1, 1, own rows, rows seen], bool; None where plain causal attention is right."""
-    past = [np.arange(a, b) for a, b in run.past]
-    own = np.arange(run.start, run.stop)
-    columns = np.concatenate([*past, own])
-    reach = layout.places[own[-1]] - layout.places[columns[0]]
-    if not past and (window is None or reach < window):
+    if not _size_of_run(layout, run, window)[0]:
         return None
+    own = np.arange(run.start, run.stop)
+    columns = np.concatenate([*(np.arange(a, b) for a, b in run.past), own])
     rows, cols, places = (torch.from_numpy(x).to(device) for x in (own, columns, layout.places))
     seen = cols <= rows[:, None]
-    if window is not None and reach >= window:
+    if window is not None and _reach(layout, run) >= window:
         seen &= places[rows][:, None] - places[cols] < window
     return seen[None, None]
 
@@ -201,3 +213,12 @@ def make_mask(form: str, layout: Layout, window: int | None, device: torch.devic
     if key not in layout.masks:
         layout.masks[key] = (block_mask if form == "blocks" else RunMask)(layout, window, device)
     return layout.masks[key]
+
+
+def mask_bytes(form: str, layout: Layout, window: int | None, itemsize: int) -> int:
+    """Memory of one mask; itemsize is that of the model's type."""
+    N, n_blocks = layout.n_rows, -(-layout.n_rows // BLOCK)
+    if form == "runs":
+        return sum(own * seen for own, seen in (_size_of_run(layout, run, window) for run in layout.runs))
+    sizes = {"bool": N * N, "additive": N * N * itemsize, "blocks": 16 * (n_blocks**2 + N)}
+    return sizes.get(form, 4 * (len(layout.runs) + 1))
