@@ -110,9 +110,9 @@ def shared_prompts(model: Any, *, mask: str | None = None) -> AbstractContextMan
     prompt. Flash attention shares no prompts and leaves out padding alone.
 
     A call runs as it is, where that is exactly right and packing is not: with past_key_values or use_cache=True
-    (generation), with a batch that is packed already (cu_seq_lens_q, or positions that restart without an
-    attention_mask), and where there is neither padding nor a common prefix. Blocks may be nested; the outer one counts.
-    The model is restored at the end, also after an exception.
+    (generation), with an attention_mask that is not [S, T], with a batch that is packed already (cu_seq_lens_q, or
+    positions that restart without an attention_mask), and where there is neither padding nor a common prefix. Blocks
+    may be nested; the outer one counts. The model is restored at the end, also after an exception.
 
     Args:
         model: a transformers causal model, also wrapped by PEFT, DDP or FSDP.
@@ -123,8 +123,8 @@ def shared_prompts(model: Any, *, mask: str | None = None) -> AbstractContextMan
 
     Raises:
         TypeError: a model that cannot run packed.
-        ValueError: in forward: as `packed_hidden`; inputs_embeds without input_ids, an attention_mask that is not
-            [S, T], positions that fall within a row, output_attentions, other tensors per token.
+        ValueError: in forward: as `packed_hidden`; inputs_embeds without input_ids, positions that fall within a
+            row, output_attentions, other tensors per token.
     """
     return sharing(model, mask)
 

@@ -6,7 +6,9 @@ softmax) is computed in float64 too (`in_double`), so that a difference beyond f
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 from types import ModuleType
 
 import numpy as np
@@ -19,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 from dpo_fast import packing
 from dpo_fast._packing import layout as layouts
-from dpo_fast._packing import masks
+from dpo_fast._packing import masks, models
 
 # prompts of which one begins as another does, completions longer than the windows, one example with two rejected ones
 EXAMPLES = [
@@ -273,7 +275,12 @@ def test_spans_that_do_not_fit(change, message):
 def replaced(model, **changes):
     """The model, its decoder with some arguments replaced before they are read: an implementation that ignores them."""
     plain = model.base_model.forward
-    model.base_model.forward = lambda *args, **kwargs: plain(*args, **(kwargs | changes))
+
+    @functools.wraps(plain)
+    def forward(*args, **kwargs):
+        return plain(*args, **(kwargs | changes))
+
+    model.base_model.forward = forward
     return model
 
 
@@ -296,6 +303,7 @@ def test_a_window_of_another_size_raises(window):
     model = build("mistral", "eager", dtype=torch.float32)
     plain, batch = model.base_model.forward, dpo_fast.packed_batch(EXAMPLES, share_prompts=True)
 
+    @functools.wraps(plain)
     def forward(*args, **kwargs):
         before = model.config.sliding_window
         model.config.sliding_window = window if window is None else before + window - WINDOW
@@ -310,8 +318,16 @@ def test_a_window_of_another_size_raises(window):
 
 
 def test_a_model_that_fails_raises_with_its_error():
-    model = replaced(build("llama"), position_ids="none")
-    with pytest.raises(ValueError, match="does not honour packing: it fails with AttributeError: 'str'"):
+    model = build("llama")
+    plain = model.model.forward
+
+    @functools.wraps(plain)
+    def forward(*args, attention_mask=None, **kwargs):
+        assert attention_mask is None, "only whole rows"
+        return plain(*args, **kwargs)
+
+    model.model.forward = forward
+    with pytest.raises(ValueError, match="does not honour packing: it fails with AssertionError: only whole rows"):
         dpo_fast.packed_hidden(model, dpo_fast.packed_batch(EXAMPLES))
 
 
@@ -328,11 +344,11 @@ def test_the_check_leaves_no_trace_and_is_done_once():
     assert torch.equal(torch.rand(3), expected)
     assert [m.training for m in model.modules()] == modes
     assert model.config.sliding_window == WINDOW
-    assert calls == [False] * 4 + [True]
+    assert calls == [False] * 2 + [True]
     dpo_fast.packed_hidden(model, batch)
-    assert len(calls) == 6
+    assert len(calls) == 4
     dpo_fast.packed_hidden(model, batch, mask="blocks")  # another way through the model
-    assert len(calls) == 11
+    assert len(calls) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -357,7 +373,7 @@ def varlen_attention():
         bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
         parts = [
             ALL_ATTENTION_FUNCTIONS["sdpa"](module, *(x[:, :, a:b] for x in (query, key, value)), None, **kwargs)[0]
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in itertools.pairwise(bounds)
         ]
         return torch.cat(parts, 1), None
 
@@ -389,14 +405,16 @@ def test_varlen_attention_packs_and_shares_nothing(varlen_attention, in_double):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral"])
 def test_flex_attention(name, monkeypatch):
-    """Forward, by torch's uncompiled form: on a CPU flex attention has no backward, and compiling takes a minute."""
+    """Forward, by torch's uncompiled form: on a CPU flex attention has no backward, and its compiled form fails to compile at times."""
     from torch.nn.attention import flex_attention as flex
     from transformers.integrations import flex_attention as theirs
 
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(theirs, "compile_friendly_flex_attention", lambda *a, training, **k: flex.flex_attention(*a, **k))
+    monkeypatch.setattr(
+        theirs, "compile_friendly_flex_attention", lambda *a, training, **k: flex.flex_attention(*a, **k)
+    )
     monkeypatch.setattr("transformers.masking_utils.create_block_mask", lambda *a, _compile, **k: flex.create_block_mask(*a, **k))  # fmt: skip
-    model = build(name, "eager")
+    model = build(name, "eager", dtype=torch.float32)
     batch = dpo_fast.packed_batch(EXAMPLES, share_prompts=True)
     with torch.no_grad():
         expected = dpo_fast.packed_hidden(model, batch)
@@ -408,15 +426,6 @@ def test_flex_attention(name, monkeypatch):
     model.config._attn_implementation = "eager"
     close(loss, plain_loss(model).detach(), 1e-5)
     assert packing.describe(model, batch, mask="dense").form == "additive"
-
-
-def test_flex_attention_compiled():
-    model = build("llama", "flex_attention", dtype=torch.float32)
-    batch = dpo_fast.packed_batch(EXAMPLES, share_prompts=True)
-    with torch.no_grad():
-        found = dpo_fast.packed_hidden(model, batch)
-        model.config._attn_implementation = "sdpa"
-        close(found, dpo_fast.packed_hidden(model, batch), 1e-5)
 
 
 def test_the_mask_can_be_chosen_and_is_shown(monkeypatch):
@@ -455,7 +464,7 @@ def same_logps(model, **options):
     """The options against the model's own logits."""
     with torch.no_grad():
         logits = model(input_ids=IDS, use_cache=False).logits
-        hidden = dpo_fast.packing.unwrapped(model).base_model(input_ids=IDS, use_cache=False).last_hidden_state
+        hidden = models.unwrapped(model).base_model(input_ids=IDS, use_cache=False).last_hidden_state
         found = dpo_fast.linear_token_logps(hidden, targets=IDS, **(dpo_fast.head_options(model) | options)).logps
     return torch.allclose(found, logits.log_softmax(-1).gather(-1, IDS[..., None])[..., 0], rtol=1e-5, atol=1e-5)
 
@@ -517,3 +526,267 @@ def test_a_model_that_changes_the_hidden_states_before_its_head():
 
     with pytest.raises(ValueError, match="changes the hidden states between its decoder and its head"):
         dpo_fast.head_options(Scaled(CONFIGS["llama"]()))
+
+
+def with_lora(model, **fields):
+    peft = pytest.importorskip("peft")
+    found = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **fields))
+    return found.double()
+
+
+def test_lora(in_double):
+    """Adapters in the decoder and on the head, active, off, and merged."""
+    model = with_lora(build("llama"), target_modules=["q_proj", "lm_head"])
+    for _ in range(2):
+        expected = plain_loss(model)
+        expected.backward()
+        grads = gradients(model)
+        loss = packed_loss(model, True, None)
+        loss.backward()
+        close(loss, expected)
+        same_gradients(gradients(model), grads)
+        with dpo_fast.shared_prompts(model):
+            loss = plain_loss(model)
+        close(loss, expected)
+        with model.disable_adapter():
+            expected = plain_loss(model)
+            assert dpo_fast.head_options(model)["lora"] is None
+            close(packed_loss(model, True, None), expected)
+        model.lm_head.train(False)
+    model.merge_adapter()
+    assert dpo_fast.head_options(model)["lora"] is None
+    close(packed_loss(model, True, None), plain_loss(model))
+
+
+def test_heads_trained_whole_and_adapters_that_are_refused():
+    model = with_lora(build("llama"), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    copy = model.lm_head.modules_to_save["default"]
+    assert dpo_fast.head_options(model)["weight"] is copy.weight
+    with model.disable_adapter():
+        assert dpo_fast.head_options(model)["weight"] is model.lm_head.original_module.weight
+    for fields, message in (
+        ({"lora_dropout": 0.1}, "LoRA with dropout 0.1: set lora_dropout=0, or leave lm_head out"),
+        ({"use_dora": True}, "a variant of LoRA"),
+        ({"lora_bias": True}, "LoRA with a bias"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            dpo_fast.head_options(with_lora(build("llama"), target_modules=["lm_head"], **fields))
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(TypeError, match="virtual tokens"):
+        dpo_fast.packed_hidden(peft.get_peft_model(build("llama"), prompt), dpo_fast.packed_batch(EXAMPLES))
+
+
+# --- models that cannot run packed ------------------------------------------------------------------------------------
+
+REFUSED = {
+    "mamba": (lambda: config("Mamba", state_size=4), "carries a state along the rows"),
+    "jamba": (lambda: config("Jamba", mamba_d_state=4, use_mamba_kernels=False, num_experts=2), "layer"),
+    "lfm2": (lambda: config("Lfm2", layer_types=["conv", "full_attention"]), "layer"),
+    "gpt_neo": (
+        lambda: transformers.GPTNeoConfig(
+            vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=64,
+        ),
+        "limits attention by (attention_types|window_size)",
+    ),
+    "llama4": (
+        lambda: config("Llama4Text", attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=16),
+        "attention_chunk_size = 8|layers of kind chunked_attention",
+    ),
+    "bloom": (lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2), "takes no position_ids"),
+    "bidirectional": (lambda: config("Gemma3Text", use_bidirectional_attention=True), "bidirectional attention"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_are_refused(kind):
+    made, message = REFUSED[kind]
+    model = transformers.AutoModelForCausalLM.from_config(made())
+    for function in (dpo_fast.packed_hidden, packing.describe):
+        with pytest.raises(TypeError, match=message):
+            function(model, dpo_fast.packed_batch(EXAMPLES))
+    with pytest.raises(TypeError, match=message), dpo_fast.shared_prompts(model):
+        pass
+
+
+def test_models_that_are_no_decoder():
+    batch = dpo_fast.packed_batch(EXAMPLES)
+    with pytest.raises(TypeError, match="must be a transformers causal model, found Linear"):
+        dpo_fast.packed_hidden(torch.nn.Linear(2, 2), batch)
+    with pytest.raises(TypeError, match="LlamaModel has no LM head over a decoder"):
+        dpo_fast.packed_hidden(build("llama").model, batch)
+    t5 = transformers.T5Config(vocab_size=VOCAB, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4)
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration"):
+        dpo_fast.packed_hidden(transformers.T5ForConditionalGeneration(t5), batch)
+
+
+def test_models_in_wrappers():
+    model, batch = build("llama"), dpo_fast.packed_batch(EXAMPLES)
+    expected = dpo_fast.packed_hidden(model, batch)
+
+    class Wrapper(torch.nn.Module):  # as DDP and FSDP
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+    assert torch.equal(dpo_fast.packed_hidden(Wrapper(), batch), expected)
+    assert torch.equal(dpo_fast.packed_hidden(torch.compile(model), batch), expected)
+
+
+# --- shared_prompts ---------------------------------------------------------------------------------------------------
+
+TREE = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8], [1, 2, 3, 7, 9, 10], [1, 2], [11, 12, 13, 14, 15, 16, 17], [1, 2, 3, 7, 8]]
+
+
+def padded(sequences, side, extra=0):
+    """input_ids and attention_mask of sequences padded on one side, with some columns of padding on the other."""
+    longest = max(map(len, sequences)) + extra
+    ids, mask = torch.zeros(len(sequences), longest, dtype=torch.int64), torch.zeros(len(sequences), longest)
+    for s, sequence in enumerate(sequences):
+        at = slice(0, len(sequence)) if side == "right" else slice(longest - extra - len(sequence), longest - extra)
+        ids[s, at], mask[s, at] = torch.tensor(sequence), 1
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt2"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("positions", [False, True])
+def test_nested_prefixes_on_either_side(name, side, positions, in_double):
+    """All rows of a tree of prefixes: logits where tokens are, and gradients of a function of these."""
+    model, batch = build(name, "eager" if name == "gemma3" else "sdpa"), padded(TREE, side, extra=2)
+    if positions:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    kept = batch["attention_mask"].bool()
+    weights = torch.rand(int(kept.sum()), VOCAB, dtype=torch.float64)
+    expected = model(**batch).logits[kept]
+    (expected * weights).sum().backward()
+    grads = gradients(model)
+    for mask in ("auto", "blocks") if name != "gemma3" else ("auto",):
+        with dpo_fast.shared_prompts(model, mask=mask) as done:
+            found = model(**batch).logits[kept]
+            (found * weights).sum().backward()
+        close(found, expected)
+        same_gradients(gradients(model), grads)
+        absolute = name == "gpt2" and side == "left" and not positions  # only rows of one length begin at one position
+        assert done.rows_run == (sum(map(len, TREE)) - 5 - 3 if absolute else 6 + 2 + 2 + 7)
+        assert done.rows_given == 6 * 9
+
+
+def test_holes_in_the_mask(in_double):
+    """Prompts padded on the left and completions on the right: padding between them; windows count columns, as theirs."""
+    ids = torch.tensor([[0, 5, 6, 0, 0, 7, 8, 9, 0], [0, 5, 6, 0, 0, 7, 8, 3, 3], [4, 5, 6, 1, 0, 7, 8, 9, 2]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    kept = batch["attention_mask"].bool()
+    for name in ("llama", "mistral", "gpt2"):
+        model = build(name, "eager")
+        expected = model(**batch).logits[kept]
+        with dpo_fast.shared_prompts(model) as done:
+            close(model(**batch).logits[kept], expected)
+        assert done.packed_calls == 1
+
+
+def test_without_a_mask_every_token_counts(in_double):
+    model, ids = build("llama"), padded(TREE, "right")["input_ids"]
+    expected = model(ids).logits
+    with dpo_fast.shared_prompts(model) as done:
+        close(model(ids).logits, expected)
+    assert done.rows_run == len({tuple(row[: t + 1]) for row in ids.tolist() for t in range(ids.shape[1])})
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_what_the_model_does_with_hidden_states_is_its_own(name, in_double):
+    model, batch = build(name, "eager"), padded(TREE, "right")
+    kept = batch["attention_mask"].bool()
+    labels = batch["input_ids"].masked_fill(~kept, -100)
+    router = {"output_router_logits": True} if name == "mixtral" else {}
+    given = {**batch, "labels": labels, "output_hidden_states": True, **router}
+    expected, last = model(**given), model(**batch, logits_to_keep=3).logits
+    with dpo_fast.shared_prompts(model):
+        found = model(**given)
+        close(model(**batch, logits_to_keep=3).logits[kept[:, -3:]], last[kept[:, -3:]])
+        as_tuple = model(**given, return_dict=False)
+    close(found.loss, expected.loss)
+    close(as_tuple[0], expected.loss)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 3
+    for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
+        close(a[kept], b[kept])
+        assert not a[~kept].any()
+    if router:
+        close(found.aux_loss, expected.aux_loss)
+        for a, b in zip(found.router_logits, expected.router_logits, strict=True):
+            close(a[kept.flatten()], b[kept.flatten()])
+
+
+def test_the_model_is_restored():
+    model = build("llama")
+    body = model.model
+
+    def fail():
+        with dpo_fast.shared_prompts(model) as outer:
+            with dpo_fast.shared_prompts(model) as inner:
+                assert inner is outer
+                assert "forward" in body.__dict__
+            assert "forward" in body.__dict__
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "forward" not in body.__dict__
+    replaced(model)
+    theirs = body.__dict__["forward"]
+    with dpo_fast.shared_prompts(model):
+        assert body.forward is not theirs
+    assert body.__dict__["forward"] is theirs
+
+
+def test_calls_that_run_as_they_are():
+    """Generation, batches that are packed already, batches with nothing to gain: the very same numbers."""
+    model = build("llama").eval()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    packed = dpo_fast.packed_batch(EXAMPLES)
+    batch = {key: packed[key] for key in ("input_ids", "position_ids")}
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    left = padded(TREE, "left")
+    with torch.no_grad():
+        expected = model.generate(**left, **options), model(ids).logits, model(**batch).logits
+        with dpo_fast.shared_prompts(model) as done:
+            found = model.generate(**left, **options), model(ids).logits, model(**batch).logits
+            assert done.packed_calls == 0
+            assert done.plain_calls >= 6
+            assert model(**left, use_cache=True).past_key_values is not None
+            hidden = dpo_fast.packed_hidden(model, packed)
+        assert torch.equal(hidden, dpo_fast.packed_hidden(model, packed))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": None, "inputs_embeds": torch.zeros(6, 7, 16)}, "give input_ids, not inputs_embeds"),
+        (
+            {"attention_mask": torch.ones(6, 8)},
+            "attention_mask must have the shape of input_ids \\(6, 7\\), found \\(6, 8\\)",
+        ),
+        ({"position_ids": torch.arange(7)}, "position_ids must have shape \\(6, 7\\)"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}, "position_ids of row 0 fall from 2 to 0"),
+        ({"output_attentions": True}, "no output_attentions"),
+        ({"token_type_ids": torch.zeros(6, 7)}, "is given token_type_ids \\(6, 7\\)"),
+    ],
+)
+def test_calls_that_are_refused(change, message):
+    model = build("llama")
+    with pytest.raises(ValueError, match=message), dpo_fast.shared_prompts(model):
+        model(**padded(TREE, "right") | change)
+
+
+def test_an_empty_row_and_no_token_at_all():
+    model = build("llama", dtype=torch.float32)
+    batch = padded([TREE[0], [], TREE[1]], "right")
+    with dpo_fast.shared_prompts(model) as done:
+        logits = model(**batch).logits
+        assert done.rows_run == 6 + 2
+        assert not logits[1].any()
+        assert model(**padded([[], []], "right", extra=3)).logits.shape == (2, 3, VOCAB)
+    assert done.plain_calls == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,7 @@ def _forward(decoder: Decoder, plain: Forward, mask: str | None, done: SharedPro
     signature = inspect.signature(plain)
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
+    @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs).arguments
         given = {**bound, **bound.pop(extra, {})} if extra else bound
@@ -77,14 +79,15 @@ def _forward(decoder: Decoder, plain: Forward, mask: str | None, done: SharedPro
 
 
 def _is_plain(given: Mapping[str, Any]) -> bool:
-    """Whether a call is none of a padded batch in training: with a cache, or of a batch that is packed already."""
+    """Whether a call is none of a padded batch in training: with a cache or a mask of its own, or packed already."""
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
     if given.get("past_key_values") is not None or given.get("use_cache"):
         return True
     if any(given.get(name) is not None for name in _PACKED_ALREADY):
         return True
-    positions = given.get("position_ids")
-    restart = positions is not None and given.get("attention_mask") is None and bool((positions.diff() != 1).any())
-    return restart and given.get("inputs_embeds") is None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        return True
+    return mask is None and positions is not None and bool((positions.diff() != 1).any())
 
 
 class _Batch:
@@ -131,11 +134,9 @@ def _check(name: str, given: Mapping[str, Any]) -> None:
         raise ValueError("shared_prompts finds common prefixes by token ids: give input_ids, not inputs_embeds")
     if ids.dim() != 2:
         raise ValueError(f"input_ids must have shape [S, T], found {tuple(ids.shape)}")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if mask is not None and mask.shape != ids.shape:
         raise ValueError(
-            f"shared_prompts needs the attention_mask of a padded batch, of input_ids' shape {tuple(ids.shape)}, found "
-            f"{found}"
+            f"attention_mask must have the shape of input_ids {tuple(ids.shape)}, found {tuple(mask.shape)}"
         )
     if positions is not None and (positions.dim() != 2 or positions.shape[1] != ids.shape[1]):
         raise ValueError(f"position_ids must have shape {tuple(ids.shape)}, found {tuple(positions.shape)}")
