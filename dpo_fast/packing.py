@@ -24,7 +24,9 @@ from dpo_fast._packing.masks import mask_bytes
 from dpo_fast._packing.models import decoder_of
 from dpo_fast._packing.run import checked_form, head_input_of, packed_inputs, planned_form
 from dpo_fast._packing.shared import SharedPrompts, sharing
+from dpo_fast._torch.checks import plain_tensors
 
+_KEYS = ("input_ids", "position_ids", "spans", "cu_seqlens")
 _LAYOUTS: Any = WeakIdKeyDictionary()  # spans -> what a batch's layout was made of, and the layout with its masks
 
 
@@ -45,7 +47,8 @@ def packed_hidden(model: Any, batch: Mapping[str, Tensor], *, mask: str | None =
         [1, N, H], in the model's type, differentiable.
 
     Raises:
-        TypeError: a model that cannot run packed (recurrent layers, unknown kinds of attention, ...).
+        TypeError: a model that cannot run packed (recurrent layers, unknown kinds of attention, ...); a batch of other
+            things than plain tensors.
         ValueError: a batch without spans or with spans that do not fit it; a mask that the attention does not take; a
             model that, by the check, does not honour packing.
     """
@@ -57,19 +60,19 @@ def packed_hidden(model: Any, batch: Mapping[str, Tensor], *, mask: str | None =
 
 
 def _layout(batch: Mapping[str, Tensor]) -> Layout:
-    missing = [key for key in ("input_ids", "position_ids", "spans", "cu_seqlens") if batch.get(key) is None]
+    missing = [key for key in _KEYS if batch.get(key) is None]
     if missing:
         raise ValueError(f"batch has no {', '.join(missing)}: make it with dpo_fast.packed_batch")
-    ids, positions, spans = batch["input_ids"], batch["position_ids"], batch["spans"]
+    ids, positions, spans, bounds = plain_tensors(_KEYS, [batch[key] for key in _KEYS])
     if ids.dim() != 2 or ids.shape[0] != 1 or positions.shape != ids.shape:
         raise ValueError(
             f"input_ids and position_ids must have shape [1, N], found {tuple(ids.shape)} and {tuple(positions.shape)}"
         )
-    others = batch["cu_seqlens"], positions
+    others = bounds, positions
     versions = [0 if x.is_inference() else x._version for x in (spans, *others)]
     known, known_versions, layout = _LAYOUTS.get(spans, ((None, None), None, None))
     if known_versions != versions or any(x is not y for x, y in zip(known, others, strict=True)):
-        host = [x.cpu().numpy().astype("int64") for x in (spans, batch["cu_seqlens"], positions[0])]
+        host = [x.cpu().numpy().astype("int64") for x in (spans, bounds, positions[0])]
         layout = layout_of_spans(host[0], host[1], host[2])
         _LAYOUTS[spans] = others, versions, layout
     found: Layout = layout

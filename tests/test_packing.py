@@ -277,6 +277,8 @@ def test_spans_that_do_not_fit(change, message):
         batch["spans"][2] += 1
     with pytest.raises(ValueError, match=message):
         dpo_fast.packed_hidden(build("llama"), batch)
+    with pytest.raises(TypeError, match="input_ids must be a tensor, found list"):
+        dpo_fast.packed_hidden(build("llama"), dpo_fast.packed_batch(EXAMPLES) | {"input_ids": [[1]]})
 
 
 # --- the check on first use -------------------------------------------------------------------------------------------
