@@ -645,7 +645,7 @@ def test_models_that_are_no_decoder():
         dpo_fast.packed_hidden(transformers.T5ForConditionalGeneration(t5), batch)
 
 
-def test_attention_that_calls_sdpa_itself_is_given_a_dense_mask():
+def test_attention_that_calls_sdpa_itself_is_given_a_dense_mask(monkeypatch):
     made = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     falcon = transformers.FalconConfig(**made, alibi=False)
     model = transformers.AutoModelForCausalLM.from_config(falcon, attn_implementation="sdpa")
@@ -655,6 +655,9 @@ def test_attention_that_calls_sdpa_itself_is_given_a_dense_mask():
     assert packing.describe(model, batch).form == "bool"
     with pytest.raises(ValueError, match="does not honour packing: it fails"):
         dpo_fast.packed_hidden(model, batch, mask="blocks")
+    monkeypatch.setenv("DPO_FAST_PACKED_MASK", "blocks")
+    with pytest.raises(ValueError, match="does not honour packing: it fails"):
+        dpo_fast.packed_hidden(model, batch)
 
 
 def test_a_model_that_goes_around_its_decoder():
@@ -727,6 +730,18 @@ def test_nested_prefixes_on_either_side(name, side, positions, in_double):
         absolute = name == "gpt2" and side == "left" and not positions  # only rows of one length begin at one position
         assert done.rows_run == (sum(map(len, TREE)) - 5 - 3 if absolute else 6 + 2 + 2 + 7)
         assert done.rows_given == 6 * 9
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_in_half_types_rows_are_shared_where_they_begin_together(name):
+    """Rounding could hide that a model depends on where positions begin."""
+    model, batch = build(name, dtype=torch.bfloat16), padded(TREE, "left")
+    kept = batch["attention_mask"].bool()
+    expected = model(**batch).logits[kept].float()
+    with dpo_fast.shared_prompts(model) as done:
+        found = model(**batch).logits[kept].float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert done.rows_run == sum(map(len, TREE)) - 5 - 3
 
 
 def test_holes_in_the_mask(in_double):

@@ -118,19 +118,25 @@ def _kinds(name: str, config: Any) -> tuple[tuple[str, ...], int | None]:
     return kinds, window
 
 
-def mask_form(attention: str, n_rows: int, device: torch.device, mask: str | None = None) -> str:
-    """The form of the mask (see `masks`) for an attention implementation, a length and a device.
-
-    Args:
-        mask: "auto", "dense" or "blocks"; None: the environment's DPO_FAST_PACKED_MASK, or "auto".
+def asked_mask(mask: str | None) -> str:
+    """ "auto", "dense" or "blocks"; where it is None, the environment's DPO_FAST_PACKED_MASK, or "auto".
 
     Raises:
-        ValueError: an unknown mask, or one that this attention does not take.
+        ValueError: another one.
+    """
+    found = os.environ.get(ENVIRONMENT, "auto") if mask is None else mask
+    if found not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(MASKS)}, found {found!r}")
+    return found
+
+
+def mask_form(attention: str, n_rows: int, device: torch.device, mask: str) -> str:
+    """The form of the mask (see `masks`) for an attention implementation, a length, a device and `asked_mask`.
+
+    Raises:
+        ValueError: a mask that this attention does not take.
         TypeError: an attention implementation that packing does not know.
     """
-    mask = os.environ.get(ENVIRONMENT, "auto") if mask is None else mask
-    if mask not in MASKS:
-        raise ValueError(f"mask must be one of {', '.join(MASKS)}, found {mask!r}")
     if "flash" in attention:
         forms = {"auto": "varlen"}
     elif attention == "flex_attention":

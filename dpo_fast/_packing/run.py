@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_fast._packing.layout import Ints, Layout, find_prefixes
 from dpo_fast._packing.masks import make_mask, teach_sdpa, varlen_bounds
-from dpo_fast._packing.models import Decoder, mask_form
+from dpo_fast._packing.models import Decoder, asked_mask, mask_form
 
 Forward = Callable[..., Any]
 Alone = Callable[[Tensor], Tensor]
@@ -54,8 +54,9 @@ def checked_form(
             same sequences alone.
     """
     form = planned_form(decoder, layout, device, mask)
+    chosen = asked_mask(mask) == "auto"
     error = _checked(decoder, forward, alone, form, device)
-    if error and form == "runs" and mask != "blocks":  # an attention of its own, which asks sdpa itself
+    if error and form == "runs" and chosen:  # an attention of its own, which asks sdpa itself
         form = "bool"
         error = _checked(decoder, forward, alone, form, device)
         if not error:
@@ -67,9 +68,10 @@ def checked_form(
 
 def planned_form(decoder: Decoder, layout: Layout, device: torch.device, mask: str | None) -> str:
     """The mask's form for this batch, as far as it is known without running anything."""
+    mask = asked_mask(mask)
     form = mask_form(decoder.attention, layout.n_rows, device, mask)
     no_runs = (decoder.attention, "no runs") in _CHECKED.get(decoder.body, ())
-    return "bool" if form == "runs" and no_runs and mask != "blocks" else form
+    return "bool" if form == "runs" and no_runs and mask == "auto" else form
 
 
 def _checked(decoder: Decoder, forward: Forward, alone: Alone, form: str, device: torch.device) -> str | None:
@@ -95,7 +97,11 @@ def hidden_of(forward: Forward) -> Alone:
 
 
 def head_input_of(causal: Any) -> Alone:
-    """Hidden states [S, T, H] of rows [S, T], as the model's head is given them."""
+    """Hidden states [S, T, H] of rows [S, T], as the model's head is given them.
+
+    Raises:
+        TypeError: (the function) a model that does not call its head.
+    """
 
     def alone(ids: Tensor) -> Tensor:
         given: list[Tensor] = []
@@ -104,6 +110,8 @@ def head_input_of(causal: Any) -> Alone:
             causal(input_ids=ids, use_cache=False)
         finally:
             hook.remove()
+        if not given:
+            raise TypeError(f"{type(causal).__name__} does not call its head: its hidden states cannot be compared")
         return given[0]
 
     return alone
@@ -139,7 +147,10 @@ def _short_window(decoder: Decoder) -> Iterator[Decoder]:
 
 
 def shifts_freely(decoder: Decoder, forward: Forward, device: torch.device) -> bool:
-    """Whether adding a number to all positions changes nothing but rounding, as with rotary embeddings; remembered."""
+    """Whether adding a number to all positions changes nothing but rounding, as with rotary embeddings; remembered.
+
+    Never so in half types, where rounding could hide what it changes.
+    """
     known = _CHECKED.setdefault(decoder.body, set())
     yes, no = ("shifts freely",), ("depends on positions",)
     if yes not in known and no not in known:
@@ -150,7 +161,7 @@ def shifts_freely(decoder: Decoder, forward: Forward, device: torch.device) -> b
                 forward(input_ids=ids, position_ids=positions + shift, use_cache=False).last_hidden_state[0]
                 for shift in (0, 5)
             )
-        known.add(no if _too_large(_relative_errors(b, a), b) else yes)
+        known.add(yes if _is_exact(b) and not _too_large(_relative_errors(b, a), b) else no)
     return yes in known
 
 
@@ -188,9 +199,13 @@ def _packing_error(decoder: Decoder, forward: Forward, alone: Alone, form: str, 
     return _too_large(torch.cat(errors), found)
 
 
-def _too_large(errors: Tensor, found: Tensor) -> str | None:
+def _is_exact(found: Tensor) -> bool:
     rounded = found.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    exact = found.dtype.itemsize >= 4 and not rounded
+    return found.dtype.itemsize >= 4 and not rounded
+
+
+def _too_large(errors: Tensor, found: Tensor) -> str | None:
+    exact = _is_exact(found)
     error = float(errors.max() if exact else errors.median())
     if error <= (_TOLERANCE if exact else _HALF_TOLERANCE):  # NaN is not
         return None
