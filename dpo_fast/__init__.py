@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
+    from dpo_fast.packing import head_options, packed_hidden, shared_prompts
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _MODULE_OF = {
     "completion_targets": "collate",
     "dpo_loss": "losses",
     "get_num_threads": "_native",
+    "head_options": "packing",
     "in_batch_negatives": "collate",
     "in_batch_pairs": "collate",
     "ld_dpo_weights": "ld_dpo",
@@ -33,11 +35,13 @@ _MODULE_OF = {
     "linear_sequence_logps": "linear",
     "linear_token_logps": "linear",
     "packed_batch": "collate",
+    "packed_hidden": "packing",
     "padded_batch": "collate",
     "preference_loss": "losses",
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
     "set_num_threads": "_native",
+    "shared_prompts": "packing",
     "token_logps": "logps",
 }
 
@@ -47,6 +51,7 @@ __all__ = [
     "completion_targets",
     "dpo_loss",
     "get_num_threads",
+    "head_options",
     "in_batch_negatives",
     "in_batch_pairs",
     "ld_dpo_weights",
@@ -55,16 +60,18 @@ __all__ = [
     "linear_sequence_logps",
     "linear_token_logps",
     "packed_batch",
+    "packed_hidden",
     "padded_batch",
     "preference_loss",
     "selective_log_softmax",
     "sequence_logps",
     "set_num_threads",
+    "shared_prompts",
     "token_logps",
 ]
 
 
-_MODULES = ("integrations", "numpy", "ops", "reference")
+_MODULES = ("integrations", "numpy", "ops", "packing", "reference")
 
 
 def __getattr__(name: str) -> Any:
