@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
+    from dpo_fast.sampler import PackedSampler, packed_lengths
+    from dpo_fast.scoring import reference_logps, sequence_numbers
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "DPOOutput": "outputs",
+    "PackedSampler": "sampler",
     "TokenOutput": "outputs",
     "completion_targets": "collate",
     "dpo_loss": "losses",
@@ -33,16 +36,20 @@ _MODULE_OF = {
     "linear_sequence_logps": "linear",
     "linear_token_logps": "linear",
     "packed_batch": "collate",
+    "packed_lengths": "sampler",
     "padded_batch": "collate",
     "preference_loss": "losses",
+    "reference_logps": "scoring",
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
+    "sequence_numbers": "scoring",
     "set_num_threads": "_native",
     "token_logps": "logps",
 }
 
 __all__ = [
     "DPOOutput",
+    "PackedSampler",
     "TokenOutput",
     "completion_targets",
     "dpo_loss",
@@ -55,10 +62,13 @@ __all__ = [
     "linear_sequence_logps",
     "linear_token_logps",
     "packed_batch",
+    "packed_lengths",
     "padded_batch",
     "preference_loss",
+    "reference_logps",
     "selective_log_softmax",
     "sequence_logps",
+    "sequence_numbers",
     "set_num_threads",
     "token_logps",
 ]
