@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
     from dpo_fast.sampler import PackedSampler, packed_lengths
-    from dpo_fast.scoring import reference_logps, sequence_numbers
+    from dpo_fast.scoring import SequenceNumbers, reference_logps
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "DPOOutput": "outputs",
     "PackedSampler": "sampler",
+    "SequenceNumbers": "scoring",
     "TokenOutput": "outputs",
     "completion_targets": "collate",
     "dpo_loss": "losses",
@@ -42,7 +43,6 @@ _MODULE_OF = {
     "reference_logps": "scoring",
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
-    "sequence_numbers": "scoring",
     "set_num_threads": "_native",
     "token_logps": "logps",
 }
@@ -50,6 +50,7 @@ _MODULE_OF = {
 __all__ = [
     "DPOOutput",
     "PackedSampler",
+    "SequenceNumbers",
     "TokenOutput",
     "completion_targets",
     "dpo_loss",
@@ -68,7 +69,6 @@ __all__ = [
     "reference_logps",
     "selective_log_softmax",
     "sequence_logps",
-    "sequence_numbers",
     "set_num_threads",
     "token_logps",
 ]
