@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
+    from dpo_fast.packing import head_options, packed_hidden
     from dpo_fast.sampler import PackedSampler, packed_lengths
     from dpo_fast.scoring import SequenceNumbers, reference_logps
 
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "completion_targets": "collate",
     "dpo_loss": "losses",
     "get_num_threads": "_native",
+    "head_options": "packing",
     "in_batch_negatives": "collate",
     "in_batch_pairs": "collate",
     "ld_dpo_weights": "ld_dpo",
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "linear_sequence_logps": "linear",
     "linear_token_logps": "linear",
     "packed_batch": "collate",
+    "packed_hidden": "packing",
     "packed_lengths": "sampler",
     "padded_batch": "collate",
     "preference_loss": "losses",
@@ -55,6 +58,7 @@ __all__ = [
     "completion_targets",
     "dpo_loss",
     "get_num_threads",
+    "head_options",
     "in_batch_negatives",
     "in_batch_pairs",
     "ld_dpo_weights",
@@ -63,6 +67,7 @@ __all__ = [
     "linear_sequence_logps",
     "linear_token_logps",
     "packed_batch",
+    "packed_hidden",
     "packed_lengths",
     "padded_batch",
     "preference_loss",
@@ -74,7 +79,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("integrations", "numpy", "ops", "reference")
+_MODULES = ("integrations", "numpy", "ops", "packing", "reference")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,128 @@
+"""A packed batch through a decoder, and the check that the decoder honours packing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_fast._packing.layout import Layout, find_prefixes
+from dpo_fast._packing.masks import make_mask, teach_sdpa, varlen_bounds
+from dpo_fast._packing.models import Decoder, mask_form
+
+Forward = Callable[..., Any]
+
+
+def run_packed(decoder: Decoder, forward: Forward, ids: Tensor, layout: Layout, form: str, **kwargs: Any) -> Any:
+    """The decoder's output for token ids [1, N] that lie as layout says.
+
+    Args:
+        forward: calls the decoder; the way around a forward that was replaced.
+        kwargs: passed on.
+    """
+    positions = torch.from_numpy(layout.position_ids)[None].to(ids.device)
+    if form == "runs":
+        teach_sdpa()
+    if form == "varlen":
+        mask, more = None, varlen_bounds(layout, ids.device)
+    else:
+        dtype, more = decoder.body.get_input_embeddings().weight.dtype, {}
+        masks = {k: make_mask(form, layout, decoder.window_of(k), ids.device, dtype) for k in decoder.kinds}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    return forward(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **more, **kwargs)
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+_CHECKED: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
+_WINDOW = 3  # of the check: sliding layers are tried with a window that its short sequences exceed
+_TOLERANCE = 1e-4  # of the largest relative error of a row; norms are computed in float32 in float64 models too
+_HALF_TOLERANCE = 0.05  # of the median: in half types a row may take another expert
+
+
+def checked_form(decoder: Decoder, forward: Forward, n_rows: int, device: torch.device, mask: str | None) -> str:
+    """The mask's form for this batch, after a check on first use that the model honours it.
+
+    Raises:
+        ValueError, TypeError: as `mask_form`; the model's hidden states of packed sequences are not those of the
+            same sequences alone.
+    """
+    form = mask_form(decoder.attention, n_rows, device, mask)
+    known = _CHECKED.setdefault(decoder.body, set())
+    key = decoder.attention, form
+    if key not in known:
+        with undisturbed(decoder.causal, device):
+            error = _packing_error(decoder, forward, form, device)
+        if error:
+            raise ValueError(f"{decoder.name} with attention {decoder.attention} does not honour packing: {error}")
+        known.add(key)
+    return form
+
+
+@contextmanager
+def undisturbed(model: Any, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients and autocast; random state and the modules' modes are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    on_cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_cuda), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def _short_window(decoder: Decoder) -> Iterator[Decoder]:
+    """The decoder with a sliding window of a few tokens, where its masks come from its config."""
+    from dataclasses import replace
+
+    config = decoder.body.config
+    if decoder.window is None or "flash" in decoder.attention:
+        yield decoder
+        return
+    config.sliding_window, before = _WINDOW, config.sliding_window
+    try:
+        yield replace(decoder, window=_WINDOW)
+    finally:
+        config.sliding_window = before
+
+
+def _packing_error(decoder: Decoder, forward: Forward, form: str, device: torch.device) -> str | None:
+    """What differs between a few short sequences packed and alone; None: nothing."""
+    vocab = decoder.body.get_input_embeddings().weight.shape[0]
+    tokens = (np.arange(40) * 7 + np.arange(40) ** 2) % vocab
+    sequences = [np.concatenate([tokens[:5], tokens[a:b]]) for a, b in ((5, 9), (9, 15))] + [tokens[15:23]]
+    keys = [np.stack([ids, np.arange(len(ids)), np.arange(len(ids))], -1) for ids in sequences]
+    packed = find_prefixes(keys, share=form != "varlen")
+    with _short_window(decoder) as tried:
+        try:
+            ids = torch.from_numpy(packed.keys[:, 0].copy())[None].to(device)
+            found = run_packed(tried, forward, ids, packed.layout, form).last_hidden_state[0]
+        except Exception as error:  # whatever it does not take
+            return f"it fails with {type(error).__name__}: {error}"
+        alone = []
+        for ids in sequences:
+            one = torch.from_numpy(ids)[None].to(device)
+            alone.append(forward(input_ids=one, use_cache=False).last_hidden_state[0])
+    errors = []
+    for expected, rows in zip(alone, packed.rows, strict=True):
+        scale = expected.double().norm(dim=-1).clamp_min(1e-30)
+        errors.append((found[torch.from_numpy(rows).to(device)].double() - expected.double()).norm(dim=-1) / scale)
+    return _too_large(torch.cat(errors), found)
+
+
+def _too_large(errors: Tensor, found: Tensor) -> str | None:
+    rounded = found.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    exact = found.dtype.itemsize >= 4 and not rounded
+    error = float(errors.max() if exact else errors.median())
+    if error <= (_TOLERANCE if exact else _HALF_TOLERANCE):  # NaN is not
+        return None
+    return f"hidden states of packed sequences differ by {error:.2g} (relative) from those of the same sequences alone"
