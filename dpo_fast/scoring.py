@@ -16,6 +16,7 @@ from dpo_fast import _reference_file
 from dpo_fast._checks import integer
 from dpo_fast.collate import Example, _sequences, _several, packed_batch
 from dpo_fast.linear import linear_sequence_logps
+from dpo_fast.packing import head_options, packed_hidden
 from dpo_fast.sampler import pack, packed_lengths
 
 
@@ -115,8 +116,6 @@ def _scored(
     truncation: str,
 ) -> Tensor:
     """The log-probs, batch by batch, the largest first: what does not fit into memory shows at once."""
-    from dpo_fast import head_options, packed_hidden
-
     # cut at the start, one prompt becomes several
     share = max_length is None or truncation == "keep_start"
     lengths = packed_lengths(dataset, share_prompts=share, max_length=max_length)
@@ -127,11 +126,13 @@ def _scored(
     with _progress(sum(lengths), progress) as advance:
         for numbers in pack(lengths, token_budget):
             examples = [dataset[i] for i in numbers]
-            batch = packed_batch(examples, share_prompts=share, max_length=max_length, truncation=truncation)
+            batch = packed_batch(
+                examples, share_prompts=share, max_length=max_length, truncation=truncation, mask="none"
+            )
             batch = {name: value.to(device) for name, value in batch.items()}
             hidden = packed_hidden(model, batch)
             logps = linear_sequence_logps(
-                hidden[0], targets=batch["targets"][0], cu_seqlens=batch["cu_seqlens"], **head
+                hidden, targets=batch["targets"], cu_seqlens=batch["cu_seqlens"], **head
             ).cpu()
             if found is None:
                 found = logps.new_empty(n_sequences)
