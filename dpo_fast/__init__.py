@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
-    from dpo_fast.packing import head_options, packed_hidden
+    from dpo_fast.packing import head_options, packed_hidden, shared_prompts
     from dpo_fast.sampler import PackedSampler, packed_lengths
     from dpo_fast.scoring import SequenceNumbers, reference_logps
 
@@ -47,6 +47,7 @@ _MODULE_OF = {
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
     "set_num_threads": "_native",
+    "shared_prompts": "packing",
     "token_logps": "logps",
 }
 
@@ -75,6 +76,7 @@ __all__ = [
     "selective_log_softmax",
     "sequence_logps",
     "set_num_threads",
+    "shared_prompts",
     "token_logps",
 ]
 

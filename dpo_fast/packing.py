@@ -12,15 +12,18 @@ For a training loop that exists: `with shared_prompts(model):` around forward an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dpo_fast._packing.head import options_of
 from dpo_fast._packing.layout import Layout, layout_of_spans
-from dpo_fast._packing.models import decoder_of
+from dpo_fast._packing.masks import mask_bytes
+from dpo_fast._packing.models import decoder_of, mask_form
 from dpo_fast._packing.run import checked_form, run_packed
+from dpo_fast._packing.shared import SharedPrompts, sharing
 
 _LAYOUTS: Any = WeakIdKeyDictionary()  # spans -> (version, layout): a batch that is used again keeps its masks
 
@@ -65,8 +68,8 @@ def _layout(batch: Mapping[str, Tensor]) -> Layout:
     versions = [(batch[key]._version, id(batch[key])) for key in ("spans", "cu_seqlens", "position_ids")]
     version, layout = _LAYOUTS.get(spans, (None, None))
     if version != versions:
-        layout = layout_of_spans(*(batch[key].cpu().numpy().astype("int64") for key in ("spans", "cu_seqlens")),
-                                 positions[0].cpu().numpy().astype("int64"))  # fmt: skip
+        host = [x.cpu().numpy().astype("int64") for x in (spans, batch["cu_seqlens"], positions[0])]
+        layout = layout_of_spans(host[0], host[1], host[2])
         _LAYOUTS[spans] = versions, layout
     found: Layout = layout
     return found
@@ -91,3 +94,60 @@ def head_options(model: Any) -> dict[str, Any]:
         ValueError: a field of the config that may transform logits, or logits that the options do not give.
     """
     return options_of(model)
+
+
+def shared_prompts(model: Any, *, mask: str | None = None) -> AbstractContextManager[SharedPrompts]:
+    """Within the block, the model runs ordinary padded batches packed, with every common prefix once.
+
+        with dpo_fast.shared_prompts(model):
+            loss = my_loss(model(input_ids=ids, attention_mask=attention_mask).logits)
+            loss.backward()
+
+    Only the decoder's forward is replaced: it finds the rows' common prefixes (chosen and rejected, several completions
+    of a prompt, prefixes within prefixes), leaves out padding, and gives the hidden states back at their padded places;
+    what the model does with them (logits, logits_to_keep, labels, router losses) is its own. Losses and gradients are
+    those of the padded batch up to rounding; hidden states at padding are zeros. Dropout draws one mask for a shared
+    prompt. Flash attention shares no prompts and leaves out padding alone.
+
+    A call runs as it is, where that is exactly right and packing is not: with past_key_values or use_cache=True
+    (generation), with an attention_mask that is not [S, T], with a batch that is packed already (cu_seq_lens_q, or
+    positions that restart without an attention_mask), and where there is neither padding nor a common prefix. Blocks
+    may be nested; the outer one counts. The model is restored at the end, also after an exception.
+
+    Args:
+        model: a transformers causal model, also wrapped by PEFT, DDP or FSDP.
+        mask: as for `packed_hidden`.
+
+    Returns:
+        A context manager that gives a SharedPrompts: calls and rows so far, padded and as run.
+
+    Raises:
+        TypeError: a model that cannot run packed.
+        ValueError: in forward: as `packed_hidden`; inputs_embeds without input_ids, positions that fall within a
+            row, output_attentions, other tensors per token.
+    """
+    return sharing(model, mask)
+
+
+class Plan(NamedTuple):
+    """How a packed batch runs through a model; see `describe`."""
+
+    attention: str  # as transformers names it
+    layers: dict[str, int | None]  # kinds of layers, and how many tokens back they see (None: all)
+    form: str  # of the mask: "bool", "runs", "additive", "blocks" or "varlen" (docs/packing.md)
+    rows: int  # N
+    mask_bytes: int  # of the masks of all kinds of layers
+
+
+def describe(model: Any, batch: Mapping[str, Tensor], *, mask: str | None = None) -> Plan:
+    """How `packed_hidden(model, batch, mask=mask)` runs: the form of the mask and its memory. Nothing is run.
+
+    Raises:
+        TypeError, ValueError: as `packed_hidden`, but for the check of the model.
+    """
+    decoder, layout, device = decoder_of(model), _layout(batch), batch["input_ids"].device
+    form = mask_form(decoder.attention, layout.n_rows, device, mask)
+    layers = {kind: decoder.window_of(kind) for kind in decoder.kinds}
+    itemsize = decoder.body.get_input_embeddings().weight.dtype.itemsize
+    n_bytes = sum(mask_bytes(form, layout, window, itemsize) for window in layers.values())
+    return Plan(decoder.attention, layers, form, layout.n_rows, n_bytes)

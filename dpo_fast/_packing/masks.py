@@ -3,9 +3,9 @@
 | form | attention | what the model is given | bytes |
 |---|---|---|---|
 | "bool" | sdpa, short | bool [1, 1, N, N] | N * N |
-| "runs" | sdpa, long | one attention call per run of rows over the rows that it sees | of runs with a past: own rows * rows seen |
+| "runs" | sdpa, long | a call per run of rows over the rows it sees | of a run with a past: own rows * rows seen |
 | "additive" | eager | 0 or the type's minimum [1, 1, N, N] | N * N * bytes of the type |
-| "blocks" | flex attention | BlockMask of 128 x 128 blocks | 8 * (N / 128)^2, and 16 * N for the function within blocks |
+| "blocks" | flex attention | BlockMask of 128 x 128 blocks | 16 * (N / 128)^2 + 16 * N |
 | "varlen" | flash attention | bounds of the sequences; nothing may be shared | 8 * S |
 
 The "runs" form is a mask object that only our sdpa function understands: any other attention that is handed one
@@ -15,6 +15,7 @@ depends on a setting that may have changed by then.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dpo_fast._packing.layout import Layout
+from dpo_fast._packing.layout import Layout, Run
 
 BLOCK = 128
 
@@ -56,7 +57,7 @@ def varlen_bounds(layout: Layout, device: torch.device) -> dict[str, Any]:
         )
     bounds = [0, *(run.stop for run in layout.runs)]
     lengths = torch.tensor(bounds, dtype=torch.int32, device=device)
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(bounds))
     return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -117,7 +118,7 @@ class RunMask(BlockMask):
             bounds |= {run.start, run.stop, *(bound for part in run.past for bound in part)}
         cuts = sorted(bounds)
         at = {cut: i for i, cut in enumerate(cuts)}
-        self.sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+        self.sizes = [b - a for a, b in pairwise(cuts)]
         self.parts: list[tuple[list[int], list[int]]] = []  # which pieces a run's rows are, and which it sees
         self.masks: list[Tensor | None] = []
         for run in layout.runs:
@@ -134,17 +135,29 @@ class RunMask(BlockMask):
         return f"RunMask(n_rows={self.n_rows}, n_runs={len(self.parts)})"
 
 
-def _mask_of_run(layout: Layout, run: Any, window: int | None, device: torch.device) -> Tensor | None:
+def _reach(layout: Layout, run: Run) -> int:
+    """How far back a run's last row looks, in places."""
+    first = run.past[0][0] if run.past else run.start
+    return int(layout.places[run.stop - 1] - layout.places[first])
+
+
+def _size_of_run(layout: Layout, run: Run, window: int | None) -> tuple[int, int]:
+    """Rows and columns of a run's mask; 0 where it needs none: plain causal attention is right."""
+    if not run.past and (window is None or _reach(layout, run) < window):
+        return 0, 0
+    own = run.stop - run.start
+    return own, own + sum(b - a for a, b in run.past)
+
+
+def _mask_of_run(layout: Layout, run: Run, window: int | None, device: torch.device) -> Tensor | None:
     """[1, 1, own rows, rows seen], bool; None where plain causal attention is right."""
-    past = [np.arange(a, b) for a, b in run.past]
-    own = np.arange(run.start, run.stop)
-    columns = np.concatenate([*past, own])
-    reach = layout.places[own[-1]] - layout.places[columns[0]]
-    if not past and (window is None or reach < window):
+    if not _size_of_run(layout, run, window)[0]:
         return None
+    own = np.arange(run.start, run.stop)
+    columns = np.concatenate([*(np.arange(a, b) for a, b in run.past), own])
     rows, cols, places = (torch.from_numpy(x).to(device) for x in (own, columns, layout.places))
     seen = cols <= rows[:, None]
-    if window is not None and reach >= window:
+    if window is not None and _reach(layout, run) >= window:
         seen &= places[rows][:, None] - places[cols] < window
     return seen[None, None]
 
@@ -191,7 +204,7 @@ def teach_sdpa() -> None:
 
 
 def make_mask(form: str, layout: Layout, window: int | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """The mask of one kind of layer. Dense ones are made anew; blocks and runs, which are small, stay with the layout."""
+    """The mask of one kind of layer. Dense ones are made anew; blocks and runs are small and stay with the layout."""
     if form == "bool":
         return dense_mask(layout, window, device)
     if form == "additive":
@@ -200,3 +213,12 @@ def make_mask(form: str, layout: Layout, window: int | None, device: torch.devic
     if key not in layout.masks:
         layout.masks[key] = (block_mask if form == "blocks" else RunMask)(layout, window, device)
     return layout.masks[key]
+
+
+def mask_bytes(form: str, layout: Layout, window: int | None, itemsize: int) -> int:
+    """Memory of one mask; itemsize is that of the model's type."""
+    N, n_blocks = layout.n_rows, -(-layout.n_rows // BLOCK)
+    if form == "runs":
+        return sum(own * seen for own, seen in (_size_of_run(layout, run, window) for run in layout.runs))
+    sizes = {"bool": N * N, "additive": N * N * itemsize, "blocks": 16 * (n_blocks**2 + N)}
+    return sizes.get(form, 4 * (len(layout.runs) + 1))

@@ -14,7 +14,7 @@ from torch import nn
 KINDS = ("full_attention", "sliding_attention")
 MASKS = ("auto", "dense", "blocks")
 ENVIRONMENT = "DPO_FAST_PACKED_MASK"
-DENSE_UP_TO = {"cpu": 256}  # rows up to which one dense sdpa call is faster than one call per run (docs/packing.md)
+DENSE_UP_TO = {"cpu": 128}  # rows up to which one dense sdpa call is faster than one call per run (docs/packing.md)
 DENSE_UP_TO_ELSEWHERE = 1024
 
 _RECURRENT = re.compile("mamba|ssm|rwkv|xlstm|recurrent|rglru|gateddelta|linearattention|shortconv", re.I)
@@ -51,9 +51,7 @@ def unwrapped(model: Any) -> Any:
     while not isinstance(model, PreTrainedModel):
         if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
             raise TypeError("prompt learning (PEFT) puts virtual tokens before each sequence: it cannot run packed")
-        inner = next(
-            (model.__dict__.get("_modules", {}).get(n) for n in ("_orig_mod", "module") if hasattr(model, n)), None
-        )
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if not isinstance(inner, nn.Module):
@@ -70,6 +68,8 @@ def decoder_of(model: Any) -> Decoder:
     """
     causal = unwrapped(model)
     name, body = type(causal).__name__, causal.base_model
+    if body is causal:  # a prefix that names nothing
+        body = getattr(causal, "model", causal)
     if body is causal or causal.get_output_embeddings() is None:
         raise TypeError(f"{name} has no LM head over a decoder: give a causal model, ...ForCausalLM")
     config = body.config
@@ -87,7 +87,7 @@ def _check_config(name: str, config: Any) -> None:
     if config.get_text_config() is not config:
         raise TypeError(f"{name} has inputs other than text: packing knows token ids alone")
     for key, value in config.to_dict().items():
-        if value and isinstance(value, int) and _WINDOWS.search(key) and not _KNOWN_WINDOWS.match(key):
+        if value and _WINDOWS.search(key) and not _KNOWN_WINDOWS.match(key):
             raise TypeError(f"{name} limits attention by {key} = {value!r}, which packing does not know")
 
 
@@ -142,7 +142,7 @@ def mask_form(attention: str, n_rows: int, device: torch.device, mask: str | Non
         forms = {"auto": "additive", "dense": "additive"}
     else:
         raise TypeError(
-            f"attention {attention!r} is none that packing knows: sdpa, eager, flex_attention, flash_attention_*"
+            f"attention {attention!r} is not known here: take sdpa, eager, flex_attention or flash attention"
         )
     if mask not in forms:
         raise ValueError(f"{attention} takes no {mask} mask, only {', '.join(forms)}")

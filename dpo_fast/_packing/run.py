@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast._packing.layout import Layout, find_prefixes
+from dpo_fast._packing.layout import Ints, Layout, find_prefixes
 from dpo_fast._packing.masks import make_mask, teach_sdpa, varlen_bounds
 from dpo_fast._packing.models import Decoder, mask_form
 
@@ -82,8 +83,6 @@ def undisturbed(model: Any, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _short_window(decoder: Decoder) -> Iterator[Decoder]:
     """The decoder with a sliding window of a few tokens, where its masks come from its config."""
-    from dataclasses import replace
-
     config = decoder.body.config
     if decoder.window is None or "flash" in decoder.attention:
         yield decoder
@@ -95,27 +94,53 @@ def _short_window(decoder: Decoder) -> Iterator[Decoder]:
         config.sliding_window = before
 
 
+def shifts_freely(decoder: Decoder, forward: Forward, device: torch.device) -> bool:
+    """Whether adding a number to all positions changes nothing but rounding, as with rotary embeddings; remembered."""
+    known = _CHECKED.setdefault(decoder.body, set())
+    yes, no = ("shifts freely",), ("depends on positions",)
+    if yes not in known and no not in known:
+        ids = torch.from_numpy(_tokens(decoder)[:6])[None].to(device)
+        with undisturbed(decoder.causal, device):
+            positions = torch.arange(6, device=device)[None]
+            a, b = (
+                forward(input_ids=ids, position_ids=positions + shift, use_cache=False).last_hidden_state[0]
+                for shift in (0, 5)
+            )
+        known.add(no if _too_large(_relative_errors(b, a), b) else yes)
+    return yes in known
+
+
+def _tokens(decoder: Decoder) -> Ints:
+    vocab = decoder.body.get_input_embeddings().weight.shape[0]
+    found: Ints = (np.arange(40) * 7 + np.arange(40) ** 2) % vocab
+    return found
+
+
+def _relative_errors(found: Tensor, expected: Tensor) -> Tensor:
+    scale = expected.double().norm(dim=-1).clamp_min(1e-30)
+    errors: Tensor = (found.double() - expected.double()).norm(dim=-1) / scale
+    return errors
+
+
 def _packing_error(decoder: Decoder, forward: Forward, form: str, device: torch.device) -> str | None:
     """What differs between a few short sequences packed and alone; None: nothing."""
-    vocab = decoder.body.get_input_embeddings().weight.shape[0]
-    tokens = (np.arange(40) * 7 + np.arange(40) ** 2) % vocab
+    tokens = _tokens(decoder)
     sequences = [np.concatenate([tokens[:5], tokens[a:b]]) for a, b in ((5, 9), (9, 15))] + [tokens[15:23]]
     keys = [np.stack([ids, np.arange(len(ids)), np.arange(len(ids))], -1) for ids in sequences]
     packed = find_prefixes(keys, share=form != "varlen")
+    # rows of a batch are alone; what follows a sequence cannot reach it in a causal model, so no mask is needed
+    batch = np.stack([np.resize(ids, max(map(len, sequences))) for ids in sequences])
     with _short_window(decoder) as tried:
+        alone = forward(input_ids=torch.from_numpy(batch).to(device), use_cache=False).last_hidden_state
         try:
             ids = torch.from_numpy(packed.keys[:, 0].copy())[None].to(device)
             found = run_packed(tried, forward, ids, packed.layout, form).last_hidden_state[0]
         except Exception as error:  # whatever it does not take
-            return f"it fails with {type(error).__name__}: {error}"
-        alone = []
-        for ids in sequences:
-            one = torch.from_numpy(ids)[None].to(device)
-            alone.append(forward(input_ids=one, use_cache=False).last_hidden_state[0])
-    errors = []
-    for expected, rows in zip(alone, packed.rows, strict=True):
-        scale = expected.double().norm(dim=-1).clamp_min(1e-30)
-        errors.append((found[torch.from_numpy(rows).to(device)].double() - expected.double()).norm(dim=-1) / scale)
+            return f"it fails with {type(error).__name__}: {str(error)[:300]}"
+    errors = [
+        _relative_errors(found[torch.from_numpy(rows).to(device)], expected[: len(rows)])
+        for expected, rows in zip(alone, packed.rows, strict=True)
+    ]
     return _too_large(torch.cat(errors), found)
 
 
