@@ -280,7 +280,7 @@ def token_counts(task: Task) -> dict[str, int]:
         "padded": padded["naive"],
         "padded, sorted": padded[SORTED],
         "packed": sum(dpo_fast.packed_lengths(task.examples, share_prompts=False)),
-        "packed, shared prompts": sum(dpo_fast.packed_lengths(task.examples)),
+        "shared prompts": sum(dpo_fast.packed_lengths(task.examples)),
         "completions": sum(len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in task.examples),
     }
 

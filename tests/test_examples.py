@@ -153,7 +153,7 @@ def test_demo_on_a_tiny_model(tmp_path, tiny):
     report = check_demo(tmp_path, steps=3, size=4)
     assert report["summary"]["dpo_fast, packed"]["weights"]["relative_to_update"] < 1e-3
     counts = report["token_counts"]
-    assert counts["padded"] > counts["padded, sorted"] > counts["packed"] > counts["packed, shared prompts"]
+    assert counts["padded"] > counts["padded, sorted"] > counts["packed"] > counts["shared prompts"]
 
 
 @needs_smollm2

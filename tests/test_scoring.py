@@ -272,3 +272,23 @@ def test_progress(model, capsys, monkeypatch, installed):
     assert "Reference" in shown
     total = sum(dpo_fast.packed_lengths(dataset_of()))
     assert ("100%" if installed else f"Reference: {total} of {total} tokens") in shown
+
+
+def test_the_loop_of_the_docs(tmp_path, monkeypatch):
+    """docs/training.md's first block runs as it stands, and trains."""
+    from pathlib import Path
+
+    text = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    code = block.split("\n\n", 1)[1]  # without the first statement, which shows the form of the examples
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    names = {"dpo_fast": dpo_fast, "model": model, "examples": dataset_of(), "optimizer": optimizer}
+    names |= {"rank": 0, "world": 1, "epochs": 12}
+    code = code.replace("out.loss.backward()", "out.loss.backward(); losses.append(out.loss.item())")
+    names["losses"] = []
+    exec(code, names)
+    assert (tmp_path / "references.safetensors").exists()
+    assert names["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+    assert names["losses"][-1] < 0.6
