@@ -21,8 +21,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dpo_fast._packing.head import options_of
 from dpo_fast._packing.layout import Layout, layout_of_spans
 from dpo_fast._packing.masks import mask_bytes
-from dpo_fast._packing.models import decoder_of, mask_form
-from dpo_fast._packing.run import checked_form, run_packed
+from dpo_fast._packing.models import decoder_of
+from dpo_fast._packing.run import checked_form, head_input_of, planned_form, run_packed
 from dpo_fast._packing.shared import SharedPrompts, sharing
 
 _LAYOUTS: Any = WeakIdKeyDictionary()  # spans -> (version, layout): a batch that is used again keeps its masks
@@ -51,7 +51,7 @@ def packed_hidden(model: Any, batch: Mapping[str, Tensor], *, mask: str | None =
     """
     decoder = decoder_of(model)
     layout, ids = _layout(batch), batch["input_ids"]
-    form = checked_form(decoder, decoder.body, layout.n_rows, ids.device, mask)
+    form = checked_form(decoder, decoder.body, head_input_of(decoder.causal), layout, ids.device, mask)
     found: Tensor = run_packed(decoder, decoder.body, ids, layout, form).last_hidden_state
     return found
 
@@ -109,10 +109,10 @@ def shared_prompts(model: Any, *, mask: str | None = None) -> AbstractContextMan
     those of the padded batch up to rounding; hidden states at padding are zeros. Dropout draws one mask for a shared
     prompt. Flash attention shares no prompts and leaves out padding alone.
 
-    A call runs as it is, where that is exactly right and packing is not: with past_key_values or use_cache=True
-    (generation), with an attention_mask that is not [S, T], with a batch that is packed already (cu_seq_lens_q, or
-    positions that restart without an attention_mask), and where there is neither padding nor a common prefix. Blocks
-    may be nested; the outer one counts. The model is restored at the end, also after an exception.
+    A call runs as it is, where that is exactly right and packing is not: with past_key_values, or use_cache=True
+    without gradients (generation); with an attention_mask that is not [S, T]; with a batch that is packed already
+    (cu_seq_lens_q, or positions that restart without an attention_mask); and where there is neither padding nor a common
+    prefix. Blocks may be nested, the outer one counts. The model is restored at the end, also after an exception.
 
     Args:
         model: a transformers causal model, also wrapped by PEFT, DDP or FSDP.
@@ -146,7 +146,7 @@ def describe(model: Any, batch: Mapping[str, Tensor], *, mask: str | None = None
         TypeError, ValueError: as `packed_hidden`, but for the check of the model.
     """
     decoder, layout, device = decoder_of(model), _layout(batch), batch["input_ids"].device
-    form = mask_form(decoder.attention, layout.n_rows, device, mask)
+    form = planned_form(decoder, layout, device, mask)
     layers = {kind: decoder.window_of(kind) for kind in decoder.kinds}
     itemsize = decoder.body.get_input_embeddings().weight.dtype.itemsize
     n_bytes = sum(mask_bytes(form, layout, window, itemsize) for window in layers.values())

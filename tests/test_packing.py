@@ -510,7 +510,6 @@ def test_heads_that_are_not_known():
     with pytest.raises(ValueError, match="transforms its logits in a way unknown here"):
         dpo_fast.head_options(model)
     head._forward_hooks.clear()
-    model.model.register_forward_hook(lambda m, i, out: type(out)(last_hidden_state=out.last_hidden_state))
     dpo_fast.head_options(model)
     with pytest.raises(TypeError, match="model must be a transformers causal model, found Linear"):
         dpo_fast.head_options(head)
@@ -524,8 +523,10 @@ def test_a_model_that_changes_the_hidden_states_before_its_head():
             out = self.model(input_ids, **kwargs)
             return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(out.last_hidden_state / 3))
 
-    with pytest.raises(ValueError, match="changes the hidden states between its decoder and its head"):
-        dpo_fast.head_options(Scaled(CONFIGS["llama"]()))
+    model = Scaled(CONFIGS["llama"]())
+    dpo_fast.head_options(model)
+    with pytest.raises(ValueError, match="differ by 2 .relative. from what the head is given"):
+        dpo_fast.packed_hidden(model, dpo_fast.packed_batch(EXAMPLES))
 
 
 def with_lora(model, **fields):
@@ -619,6 +620,38 @@ def test_models_that_are_no_decoder():
     t5 = transformers.T5Config(vocab_size=VOCAB, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4)
     with pytest.raises(TypeError, match="T5ForConditionalGeneration"):
         dpo_fast.packed_hidden(transformers.T5ForConditionalGeneration(t5), batch)
+
+
+def test_attention_that_calls_sdpa_itself_is_given_a_dense_mask():
+    made = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    falcon = transformers.FalconConfig(**made, alibi=False)
+    model = transformers.AutoModelForCausalLM.from_config(falcon, attn_implementation="sdpa")
+    batch = dpo_fast.packed_batch([{**EXAMPLES[0], "prompt_ids": [3] * 200}], share_prompts=True, mask="none")
+    assert packing.describe(model, batch).form == "runs"
+    dpo_fast.packed_hidden(model, batch)
+    assert packing.describe(model, batch).form == "bool"
+    with pytest.raises(ValueError, match="does not honour packing: it fails"):
+        dpo_fast.packed_hidden(model, batch, mask="blocks")
+
+
+def test_a_model_that_goes_around_its_decoder():
+    class Around(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            return self.lm_head(self.model.norm(self.model.embed_tokens(input_ids)))
+
+    model = Around(CONFIGS["llama"]())
+    with pytest.raises(TypeError, match="Around does not call its decoder"), dpo_fast.shared_prompts(model):
+        model(input_ids=IDS)
+
+
+@pytest.mark.parametrize("name", ["OPT", "XGLM"])
+def test_models_that_call_an_inner_decoder_or_ask_for_a_cache(name):
+    made = {"OPT": {"ffn_dim": 24, "word_embed_proj_dim": 12}, "XGLM": {"ffn_dim": 24}}[name]
+    model = transformers.AutoModelForCausalLM.from_config(config(name, **made), attn_implementation="eager").eval()
+    expected = plain_loss(model)
+    with dpo_fast.shared_prompts(model) as done:
+        close(plain_loss(model), expected, 1e-4)
+    assert done.packed_calls == 1
 
 
 def test_models_in_wrappers():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast._packing.models import unwrapped
-from dpo_fast._packing.run import undisturbed
+from dpo_fast._packing.run import head_input_of, undisturbed
 
 # config fields that transform logits: what is done with them
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_softcapping")
@@ -29,7 +29,7 @@ def options_of(model: Any) -> dict[str, Any]:
     if head is None:
         raise TypeError(f"{name} has no LM head (get_output_embeddings() is None)")
     options = {**_linear(name, head), **_transform(name, causal.config.get_text_config())}
-    _check(name, causal, head, options)
+    _check(name, causal, options)
     return options
 
 
@@ -86,7 +86,7 @@ def _transform(name: str, config: Any) -> dict[str, Any]:
     return {"softcap": softcap, "logit_scale": scale}
 
 
-def _check(name: str, causal: Any, head: Any, options: dict[str, Any]) -> None:
+def _check(name: str, causal: Any, options: dict[str, Any]) -> None:
     """Compares the options with the model's own logits of a few tokens, once for each model and options.
 
     Raises:
@@ -97,18 +97,11 @@ def _check(name: str, causal: Any, head: Any, options: dict[str, Any]) -> None:
     known = _CHECKED.setdefault(causal, set())
     if key in known or weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_status"):
         return
-    given: list[Tensor] = []
     ids = torch.arange(6, device=weight.device)[None] % weight.shape[0]
-    hook = head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    try:
-        with undisturbed(causal, weight.device):
-            expected = causal(input_ids=ids, use_cache=False).logits.double()
-            hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            found = _logits(hidden, **options)
-    finally:
-        hook.remove()
-    if not given or not _close(given[0].double(), hidden.double(), hidden.dtype):
-        raise ValueError(f"{name} changes the hidden states between its decoder and its head: it has no known form")
+    with undisturbed(causal, weight.device):
+        expected = causal(input_ids=ids, use_cache=False).logits.double()
+        hidden = head_input_of(causal)(ids)
+        found = _logits(hidden, **options)
     if not _close(found, expected, hidden.dtype):
         raise ValueError(f"{name} transforms its logits in a way unknown here: its head has no known form")
     known.add(key)

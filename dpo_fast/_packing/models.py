@@ -17,7 +17,7 @@ ENVIRONMENT = "DPO_FAST_PACKED_MASK"
 DENSE_UP_TO = {"cpu": 128}  # rows up to which one dense sdpa call is faster than one call per run (docs/packing.md)
 DENSE_UP_TO_ELSEWHERE = 1024
 
-_RECURRENT = re.compile("mamba|ssm|rwkv|xlstm|recurrent|rglru|gateddelta|linearattention|shortconv", re.I)
+_RECURRENT = re.compile("Mamba|Rwkv|xLSTM|Recurrent|RgLru|GatedDelta|LinearAttention|LightningAttention|ShortConv")
 _WINDOWS = re.compile("window|chunk_size|local_attention|attention_types")
 _KNOWN_WINDOWS = re.compile(
     "^(_?sliding_window(_pattern)?|use_sliding_window|max_window_layers|chunk_size_feed_forward)$"
@@ -67,7 +67,7 @@ def decoder_of(model: Any) -> Decoder:
         TypeError: a model that cannot run packed; the message says why.
     """
     causal = unwrapped(model)
-    name, body = type(causal).__name__, causal.base_model
+    name, body = type(causal).__name__, causal.get_decoder()
     if body is causal:  # a prefix that names nothing
         body = getattr(causal, "model", causal)
     if body is causal or causal.get_output_embeddings() is None:

@@ -17,6 +17,7 @@ from dpo_fast._packing.masks import make_mask, teach_sdpa, varlen_bounds
 from dpo_fast._packing.models import Decoder, mask_form
 
 Forward = Callable[..., Any]
+Alone = Callable[[Tensor], Tensor]
 
 
 def run_packed(decoder: Decoder, forward: Forward, ids: Tensor, layout: Layout, form: str, **kwargs: Any) -> Any:
@@ -46,23 +47,69 @@ _TOLERANCE = 1e-4  # of the largest relative error of a row; norms are computed 
 _HALF_TOLERANCE = 0.05  # of the median: in half types a row may take another expert
 
 
-def checked_form(decoder: Decoder, forward: Forward, n_rows: int, device: torch.device, mask: str | None) -> str:
+def checked_form(
+    decoder: Decoder, forward: Forward, alone: Alone, layout: Layout, device: torch.device, mask: str | None
+) -> str:
     """The mask's form for this batch, after a check on first use that the model honours it.
 
     Raises:
         ValueError, TypeError: as `mask_form`; the model's hidden states of packed sequences are not those of the
             same sequences alone.
     """
-    form = mask_form(decoder.attention, n_rows, device, mask)
+    form = planned_form(decoder, layout, device, mask)
+    error = _checked(decoder, forward, alone, form, device)
+    if error and form == "runs" and mask != "blocks":  # an attention of its own, which asks sdpa itself
+        form = "bool"
+        error = _checked(decoder, forward, alone, form, device)
+        if not error:
+            _CHECKED[decoder.body].add((decoder.attention, "no runs"))
+    if error:
+        raise ValueError(f"{decoder.name} with attention {decoder.attention} does not honour packing: {error}")
+    return form
+
+
+def planned_form(decoder: Decoder, layout: Layout, device: torch.device, mask: str | None) -> str:
+    """The mask's form for this batch, as far as it is known without running anything."""
+    form = mask_form(decoder.attention, layout.n_rows, device, mask)
+    no_runs = (decoder.attention, "no runs") in _CHECKED.get(decoder.body, ())
+    return "bool" if form == "runs" and no_runs and mask != "blocks" else form
+
+
+def _checked(decoder: Decoder, forward: Forward, alone: Alone, form: str, device: torch.device) -> str | None:
     known = _CHECKED.setdefault(decoder.body, set())
     key = decoder.attention, form
-    if key not in known:
-        with undisturbed(decoder.causal, device):
-            error = _packing_error(decoder, forward, form, device)
-        if error:
-            raise ValueError(f"{decoder.name} with attention {decoder.attention} does not honour packing: {error}")
+    if key in known:
+        return None
+    with undisturbed(decoder.causal, device):
+        error = _packing_error(decoder, forward, alone, form, device)
+    if not error:
         known.add(key)
-    return form
+    return error
+
+
+def hidden_of(forward: Forward) -> Alone:
+    """Hidden states [S, T, H] of rows [S, T] by the decoder."""
+
+    def alone(ids: Tensor) -> Tensor:
+        found: Tensor = forward(input_ids=ids, use_cache=False).last_hidden_state
+        return found
+
+    return alone
+
+
+def head_input_of(causal: Any) -> Alone:
+    """Hidden states [S, T, H] of rows [S, T], as the model's head is given them."""
+
+    def alone(ids: Tensor) -> Tensor:
+        given: list[Tensor] = []
+        hook = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        try:
+            causal(input_ids=ids, use_cache=False)
+        finally:
+            hook.remove()
+        return given[0]
+
+    return alone
 
 
 @contextmanager
@@ -122,7 +169,7 @@ def _relative_errors(found: Tensor, expected: Tensor) -> Tensor:
     return errors
 
 
-def _packing_error(decoder: Decoder, forward: Forward, form: str, device: torch.device) -> str | None:
+def _packing_error(decoder: Decoder, forward: Forward, alone: Alone, form: str, device: torch.device) -> str | None:
     """What differs between a few short sequences packed and alone; None: nothing."""
     tokens = _tokens(decoder)
     sequences = [np.concatenate([tokens[:5], tokens[a:b]]) for a, b in ((5, 9), (9, 15))] + [tokens[15:23]]
@@ -131,15 +178,15 @@ def _packing_error(decoder: Decoder, forward: Forward, form: str, device: torch.
     # rows of a batch are alone; what follows a sequence cannot reach it in a causal model, so no mask is needed
     batch = np.stack([np.resize(ids, max(map(len, sequences))) for ids in sequences])
     with _short_window(decoder) as tried:
-        alone = forward(input_ids=torch.from_numpy(batch).to(device), use_cache=False).last_hidden_state
+        expected = alone(torch.from_numpy(batch).to(device))
         try:
             ids = torch.from_numpy(packed.keys[:, 0].copy())[None].to(device)
             found = run_packed(tried, forward, ids, packed.layout, form).last_hidden_state[0]
         except Exception as error:  # whatever it does not take
             return f"it fails with {type(error).__name__}: {str(error)[:300]}"
     errors = [
-        _relative_errors(found[torch.from_numpy(rows).to(device)], expected[: len(rows)])
-        for expected, rows in zip(alone, packed.rows, strict=True)
+        _relative_errors(found[torch.from_numpy(rows).to(device)], each[: len(rows)])
+        for each, rows in zip(expected, packed.rows, strict=True)
     ]
     return _too_large(torch.cat(errors), found)
 
@@ -150,4 +197,4 @@ def _too_large(errors: Tensor, found: Tensor) -> str | None:
     error = float(errors.max() if exact else errors.median())
     if error <= (_TOLERANCE if exact else _HALF_TOLERANCE):  # NaN is not
         return None
-    return f"hidden states of packed sequences differ by {error:.2g} (relative) from those of the same sequences alone"
+    return f"hidden states of packed sequences differ by {error:.2g} (relative) from what the head is given alone"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_fast._packing.layout import Ints, find_prefixes
 from dpo_fast._packing.models import Decoder, decoder_of
-from dpo_fast._packing.run import Forward, checked_form, run_packed, shifts_freely
+from dpo_fast._packing.run import Forward, checked_form, hidden_of, run_packed, shifts_freely
 
 _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}  # models hand them through to their decoder
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "past_key_values", *_FOR_THE_LOSS}
@@ -48,14 +48,29 @@ def sharing(model: Any, mask: str | None) -> Iterator[SharedPrompts]:
     done = _ACTIVE[body] = SharedPrompts()
     ours = _forward(decoder, body.forward, mask, done)
     body.forward = ours
+    hook = decoder.causal.register_forward_hook(_not_around(decoder.name, done))
     try:
         yield done
     finally:
+        hook.remove()
         del _ACTIVE[body]
         if body.__dict__.get("forward") is ours:
             del body.forward
             if before is not None:
                 body.forward = before
+
+
+def _not_around(name: str, done: SharedPrompts) -> Any:
+    """A hook of the causal model that raises where its forward did not call the decoder's."""
+    before = [0]
+
+    def hook(*_: Any) -> None:
+        calls = done.packed_calls + done.plain_calls
+        if calls == before[0]:
+            raise TypeError(f"{name} does not call its decoder's forward: shared_prompts cannot run it packed")
+        before[0] = calls
+
+    return hook
 
 
 def _forward(decoder: Decoder, plain: Forward, mask: str | None, done: SharedPrompts) -> Forward:
@@ -81,7 +96,8 @@ def _forward(decoder: Decoder, plain: Forward, mask: str | None, done: SharedPro
 def _is_plain(given: Mapping[str, Any]) -> bool:
     """Whether a call is none of a padded batch in training: with a cache or a mask of its own, or packed already."""
     mask, positions = given.get("attention_mask"), given.get("position_ids")
-    if given.get("past_key_values") is not None or given.get("use_cache"):
+    # some models say use_cache=True for their config's default: in training nobody reads the cache
+    if given.get("past_key_values") is not None or (given.get("use_cache") and not torch.is_grad_enabled()):
         return True
     if any(given.get(name) is not None for name in _PACKED_ALREADY):
         return True
@@ -119,7 +135,7 @@ class _Batch:
     def run(self, decoder: Decoder, plain: Forward, mask: str | None) -> Any:
         """The decoder's output, each row's at its padded place; zeros at padding."""
         layout, device = self.packed.layout, self.ids.device
-        form = checked_form(decoder, plain, layout.n_rows, device, mask)
+        form = checked_form(decoder, plain, hidden_of(plain), layout, device, mask)
         ids = torch.from_numpy(self.packed.keys[:, 0].copy())[None].to(device, self.ids.dtype)
         out = run_packed(decoder, plain, ids, layout, form, **self.others)
         rows: Ints = np.full(self.ids.shape, layout.n_rows, np.int64)
