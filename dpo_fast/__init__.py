@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
     from dpo_fast.packing import head_options, packed_hidden, shared_prompts
+    from dpo_fast.sampler import PackedSampler, packed_lengths
+    from dpo_fast.scoring import SequenceNumbers, reference_logps
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "DPOOutput": "outputs",
+    "PackedSampler": "sampler",
+    "SequenceNumbers": "scoring",
     "TokenOutput": "outputs",
     "completion_targets": "collate",
     "dpo_loss": "losses",
@@ -36,8 +40,10 @@ _MODULE_OF = {
     "linear_token_logps": "linear",
     "packed_batch": "collate",
     "packed_hidden": "packing",
+    "packed_lengths": "sampler",
     "padded_batch": "collate",
     "preference_loss": "losses",
+    "reference_logps": "scoring",
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
     "set_num_threads": "_native",
@@ -47,6 +53,8 @@ _MODULE_OF = {
 
 __all__ = [
     "DPOOutput",
+    "PackedSampler",
+    "SequenceNumbers",
     "TokenOutput",
     "completion_targets",
     "dpo_loss",
@@ -61,8 +69,10 @@ __all__ = [
     "linear_token_logps",
     "packed_batch",
     "packed_hidden",
+    "packed_lengths",
     "padded_batch",
     "preference_loss",
+    "reference_logps",
     "selective_log_softmax",
     "sequence_logps",
     "set_num_threads",
