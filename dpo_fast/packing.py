@@ -6,7 +6,8 @@
     out = linear_dpo_loss(hidden, targets=batch["targets"], ref_logps=ref, pairs=batch["pairs"],
                           cu_seqlens=batch["cu_seqlens"], **options)
 
-For a training loop that exists: `with shared_prompts(model):` around forward and backward.
+For a training loop that exists: `with shared_prompts(model):` around forward and backward. docs/packing.md says which
+models and masks; tested with transformers 5.23.
 """
 
 from __future__ import annotations

@@ -197,6 +197,19 @@ def seen_by_definition(packed, window):
     return seen
 
 
+def seen_in_runs(mask):
+    """[N, N]: what the calls of `run_attention` see together."""
+    N = mask.shape[-1]
+    pieces = torch.arange(N).split(mask.sizes)
+    seen = torch.zeros(N, N, dtype=torch.bool)
+    for (own, columns), allowed in zip(mask.parts, mask.masks, strict=True):
+        rows, cols = (torch.cat([pieces[i] for i in which]) for which in (own, columns))
+        causal = torch.ones(len(rows), len(cols), dtype=torch.bool).tril()
+        assert allowed is not None or len(rows) == len(cols)
+        seen[rows[:, None], cols] = causal if allowed is None else allowed[0, 0]
+    return seen
+
+
 @pytest.mark.parametrize("window", [None, 1, 30, 200])
 @pytest.mark.parametrize("seed", range(3))
 def test_masks_are_their_definition(seed, window):
@@ -215,6 +228,7 @@ def test_masks_are_their_definition(seed, window):
     additive = masks.additive_mask(layout, window, device, torch.float32)[0, 0]
     assert torch.equal(additive == 0, expected)
     assert torch.equal(additive[~expected], torch.full((int((~expected).sum()),), torch.finfo(torch.float32).min))
+    assert torch.equal(seen_in_runs(masks.RunMask(layout, window, device)), expected)
     blocks = masks.block_mask(layout, window, device)
     rows = torch.arange(N)
     within = blocks.mask_mod(None, None, rows[:, None], rows)
