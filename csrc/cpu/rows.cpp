@@ -141,13 +141,14 @@ void finish_row(const CpuRows& rows, int64_t row, const RowPart* parts, const To
     store_number(out.logps, i, row_logp(total, load_number(out.logps, i, rows.wide), unit), rows.wide);
     if (is_top1) is_top1[i] = row_is_top1(total, rows.targets[i]);
   }
-  if (out.stats) {
-    store_number(out.stats, 2 * row, total.shift, rows.wide);
-    store_number(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
-  }
   for (int i = 0; i < kStatistics; ++i)
     if (out.statistics[i] && i != kStatistic_is_top1)
       store_number(out.statistics[i], row, row_statistic(i, total, unit, rows.vocab), rows.wide);
+  if (out.stats) {
+    reshift(total, rows.wide ? total.shift : (float)total.shift, unit);  // the sum has to fit the stored shift
+    store_number(out.stats, 2 * row, total.shift, rows.wide);
+    store_number(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
+  }
 }
 
 void finish_ignored_row(const CpuRows& rows, int64_t row, const TokenArrays& out) {
