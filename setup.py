@@ -40,7 +40,7 @@ LIMITED_API = [] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000"), ("CYTH
 CYTHON_DIRECTIVES = {"embedsignature": True, "freethreading_compatible": True}
 
 HEADERS = [f"csrc/{name}.h" for name in ("row_math", "preference_loss", "sequence_math")]  # shared by CPU and CUDA
-CPU_HEADERS = [f"csrc/cpu/{name}.h" for name in ("batch", "rows", "simd")]
+CPU_HEADERS = [f"csrc/cpu/{name}.h" for name in ("batch", "exponential", "fresh_memory", "rows", "simd")]
 # Included by both bindings; Cython finds only the .pxd by itself.
 BINDING_PARTS = ["dpo_fast/_declarations.pxd", "dpo_fast/_parse.pxi"]
 ROWS_ISA = "csrc/cpu/rows_isa.cpp"
@@ -148,7 +148,7 @@ class BuildExt(build_ext):
 
 cpu = Extension(
     "dpo_fast._cpu",
-    sources=["dpo_fast/_cpu.pyx", "csrc/cpu/batch.cpp", "csrc/cpu/rows.cpp"],
+    sources=["dpo_fast/_cpu.pyx", "csrc/cpu/batch.cpp", "csrc/cpu/fresh_memory.cpp", "csrc/cpu/rows.cpp"],
     depends=[*HEADERS, *CPU_HEADERS, *BINDING_PARTS, ROWS_ISA],
     include_dirs=["csrc"],
     define_macros=LIMITED_API,
