@@ -158,9 +158,9 @@ SORTED = "naive, sorted"
 
 
 class StepProbe:
-    """Measures what is done inside `with`: its time, and by how much memory grew at its highest.
+    """Measures what is done inside `with`: its time, also the processor's, and by how much memory grew at its highest.
 
-    On a CPU that is the process's resident set, sampled by a thread; on CUDA, torch's own count.
+    On a CPU memory is the process's resident set, sampled by a thread; on CUDA, torch's own count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -181,12 +181,13 @@ class StepProbe:
             self.stop = threading.Event()
             self.thread = threading.Thread(target=self._sample, daemon=True)
             self.thread.start()
-        self.started = time.perf_counter()
+        self.cpu_before, self.started = time.process_time(), time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         synchronize(self.device)
         self.seconds = time.perf_counter() - self.started
+        self.cpu_seconds = time.process_time() - self.cpu_before
         if self.device.type == "cuda":
             self.highest = torch.cuda.max_memory_allocated(self.device)
         else:
@@ -225,6 +226,7 @@ class Column:
     optimizer: Any = None
     loss: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     peak_mb: list[float] = field(default_factory=list)
 
@@ -249,11 +251,12 @@ class Column:
             self.optimizer.zero_grad()
         self.loss.append(loss.item())
         self.step_s.append(probe.seconds)
+        self.cpu_s.append(probe.cpu_seconds)
         self.tokens.append(tokens)
         self.peak_mb.append(probe.peak_bytes / 1e6)
 
     def measured(self) -> dict[str, list[float]]:
-        return {"loss": self.loss, "step_s": self.step_s, "tokens": self.tokens, "peak_mb": self.peak_mb}
+        return {name: getattr(self, name) for name in ("loss", "step_s", "cpu_s", "tokens", "peak_mb")}
 
 
 def length_of(example: Example) -> int:

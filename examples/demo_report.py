@@ -36,6 +36,8 @@ def make_report(
             "times_naive_total": sum(naive["step_s"]) / sum(found["step_s"]),
             # both steps of a ratio were taken one after the other, whatever else the machine did then
             "times_naive_median": median(a / b for a, b in zip(naive["step_s"], found["step_s"], strict=True)),
+            # all threads' work, whatever else the machine did (on a GPU: of the process that waits for it)
+            "times_naive_cpu": sum(naive["cpu_s"]) / sum(found["cpu_s"]),
         }
         if way in weights:
             gaps = [abs(a - b) for a, b in zip(found["loss"], naive["loss"], strict=True)]
@@ -75,6 +77,7 @@ def print_tables(report: Report) -> None:
         row("all steps", "{:.1f} s", "total_s"),
         row("naive / this, all steps", "{:.2f}x", "times_naive_total"),
         row("naive / this, median of steps", "{:.2f}x", "times_naive_median"),
+        row("naive / this, processor time", "{:.2f}x", "times_naive_cpu"),
         row("tokens through the model", "{:,}", "tokens"),
         row("peak extra memory of a step", "{:,.0f} MB", "peak_mb"),
         row("loss, largest difference", "{:.1e}", "loss_difference"),
