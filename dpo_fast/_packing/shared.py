@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,9 @@ class SharedPrompts:
     rows_run: int = 0  # N of the packed calls
 
 
-class PackedRows(NamedTuple):
-    """A padded batch packed with every common prefix once."""
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """A padded batch packed with every common prefix once; no tuple, which trainers would take apart."""
 
     packed: Prefixes
     valid: npt.NDArray[np.bool_]  # [S, T]: which places are no padding
@@ -154,7 +155,7 @@ class _Batch:
             rows = _read(decoder, plain, given, share)
         elif rows.valid.shape != self.ids.shape:
             raise ValueError(f"rows were packed for a batch {rows.valid.shape}, found {tuple(self.ids.shape)}")
-        self.packed, self.valid, _ = rows
+        self.packed, self.valid = rows.packed, rows.valid
 
     @property
     def nothing_to_gain(self) -> bool:

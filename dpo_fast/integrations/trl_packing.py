@@ -1,4 +1,4 @@
-"""What `trl_trainer.DPOTrainer(packing=True)` adds to TRL: a collator that packs, and reasons why a run cannot be packed."""
+"""What `trl_trainer.DPOTrainer(packing=True)` adds to TRL: a collator that packs, and what cannot run packed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def check_batch(batch: Mapping[str, Any], collator: Any) -> None:
     missing = [key for key in _NEEDED if not isinstance(batch.get(key), torch.Tensor)]
     unknown = [key for key in batch if key not in _KNOWN]
     if missing or unknown:
-        what = f"gives no {', '.join(missing)}" if missing else f"gives {', '.join(unknown)}, which packing does not know"
+        what = (
+            f"gives no {', '.join(missing)}" if missing else f"gives {', '.join(unknown)}, which packing does not know"
+        )
         raise ValueError(
             f"packing=True: the data_collator ({name}) {what}; leave data_collator out (TRL's own is packed), or train "
             "with packing=False"

@@ -109,12 +109,12 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
     completion too, which no logit predicts).
 
     With `packing=True` every microbatch, of training, evaluation and the reference, runs through the decoder as one row
-    of all sequences' tokens, without padding and with each common beginning (a pair's prompt, above all) once. All
-    options, losses, metrics and trained parameters stay TRL's up to rounding, and so do the microbatches: TRL's collator
-    chooses and truncates their tokens. Wrapped models (PEFT, DDP, FSDP) are entered through their own forward. Two things
-    differ: with `disable_dropout=False`, dropout draws one mask for a shared prompt, and logits that `predict` returns
-    come from a padded forward pass of their own (TRL makes one, too). Flash attention takes no mask: it leaves out
-    padding, and shares no prompts.
+    of all sequences' tokens, without padding, and with each common beginning (a pair's prompt, above all) once. All
+    options, losses, metrics and trained parameters stay TRL's up to rounding, and so do the microbatches: TRL's
+    collator chooses and truncates their tokens. Wrapped models (PEFT, DDP, FSDP) are entered through their own forward.
+    Two things differ: with `disable_dropout=False`, dropout draws one mask for a shared prompt; and the logits that
+    `predict` returns are still those of a padded forward pass. Flash attention takes no mask: it leaves out padding,
+    and shares no prompts.
 
     Args:
         memory_budget: as for `dpo_fast.linear_dpo_loss`.
@@ -128,9 +128,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
             use_liger_kernel, torch_compile, dispatch_batches, context and sequence parallelism.
     """
 
-    def __init__(
-        self, *args: Any, memory_budget: int | None = None, packing: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, memory_budget: int | None = None, packing: bool = False, **kwargs: Any) -> None:
         check_trl()
         if not isinstance(packing, bool):
             raise TypeError(f"packing must be True or False, found {packing!r}")
