@@ -22,10 +22,10 @@ from dpo_fast._packing.head import options_of
 from dpo_fast._packing.layout import Layout, layout_of_spans
 from dpo_fast._packing.masks import mask_bytes
 from dpo_fast._packing.models import decoder_of
-from dpo_fast._packing.run import checked_form, head_input_of, planned_form, run_packed
+from dpo_fast._packing.run import checked_form, head_input_of, packed_inputs, planned_form
 from dpo_fast._packing.shared import SharedPrompts, sharing
 
-_LAYOUTS: Any = WeakIdKeyDictionary()  # spans -> (version, layout): a batch that is used again keeps its masks
+_LAYOUTS: Any = WeakIdKeyDictionary()  # spans -> what a batch's layout was made of, and the layout with its masks
 
 
 def packed_hidden(model: Any, batch: Mapping[str, Tensor], *, mask: str | None = None) -> Tensor:
@@ -52,7 +52,7 @@ def packed_hidden(model: Any, batch: Mapping[str, Tensor], *, mask: str | None =
     decoder = decoder_of(model)
     layout, ids = _layout(batch), batch["input_ids"]
     form = checked_form(decoder, decoder.body, head_input_of(decoder.causal), layout, ids.device, mask)
-    found: Tensor = run_packed(decoder, decoder.body, ids, layout, form).last_hidden_state
+    found: Tensor = decoder.body(**packed_inputs(decoder, ids, layout, form)).last_hidden_state
     return found
 
 
@@ -65,12 +65,13 @@ def _layout(batch: Mapping[str, Tensor]) -> Layout:
         raise ValueError(
             f"input_ids and position_ids must have shape [1, N], found {tuple(ids.shape)} and {tuple(positions.shape)}"
         )
-    versions = [(batch[key]._version, id(batch[key])) for key in ("spans", "cu_seqlens", "position_ids")]
-    version, layout = _LAYOUTS.get(spans, (None, None))
-    if version != versions:
+    others = batch["cu_seqlens"], positions
+    versions = [0 if x.is_inference() else x._version for x in (spans, *others)]
+    known, known_versions, layout = _LAYOUTS.get(spans, ((None, None), None, None))
+    if known_versions != versions or any(x is not y for x, y in zip(known, others, strict=True)):
         host = [x.cpu().numpy().astype("int64") for x in (spans, batch["cu_seqlens"], positions[0])]
         layout = layout_of_spans(host[0], host[1], host[2])
-        _LAYOUTS[spans] = versions, layout
+        _LAYOUTS[spans] = others, versions, layout
     found: Layout = layout
     return found
 
@@ -111,8 +112,8 @@ def shared_prompts(model: Any, *, mask: str | None = None) -> AbstractContextMan
 
     A call runs as it is, where that is exactly right and packing is not: with past_key_values, or use_cache=True
     without gradients (generation); with an attention_mask that is not [S, T]; with a batch that is packed already
-    (cu_seq_lens_q, or positions that restart without an attention_mask); and where there is neither padding nor a common
-    prefix. Blocks may be nested, the outer one counts. The model is restored at the end, also after an exception.
+    (cu_seq_lens_q, or positions that restart without an attention_mask); and where there is neither padding nor a
+    common prefix. Blocks may be nested, the outer one counts. The model is restored, also after an exception.
 
     Args:
         model: a transformers causal model, also wrapped by PEFT, DDP or FSDP.

@@ -88,7 +88,8 @@ class PackedSampler:
 
     Batches differ in their number of pairs. For a gradient that does not depend on the packing, divide every batch's
     loss by the pairs of the whole optimizer step: `num_pairs=sampler.examples_in(step)` for one rejected completion an
-    example (divide by `world` too where gradients are averaged over ranks, as DDP does).
+    example (over `world` where gradients are averaged over ranks, as DDP does), with the steps of
+    `enumerate(sampler, sampler.start)`.
 
     Raises:
         TypeError: numbers that are not whole.
@@ -128,6 +129,11 @@ class PackedSampler:
         for step in steps[self._given :]:
             self._given += 1
             yield list(step[self.rank])
+
+    @property
+    def start(self) -> int:
+        """The number of the next pass's first batch: 0, or after `load_state_dict` the batches that were used."""
+        return self._start
 
     def examples_in(self, step: int, steps: int = 1) -> int:
         """Examples in `steps` batches from number `step` on, over all ranks: what a global batch's mean divides by."""

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from language_model import (
     NEEDED_FOR_GGUF,
+    HelpFormatter,
     add_common_arguments,
     autocast,
     check_packages,
@@ -305,7 +306,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         description="DPO on a real language model: plain torch and dpo_fast, the same steps, compared.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_common_arguments(parser)
     parser.add_argument("--steps", type=positive(int), default=12, help="optimizer steps of each way")

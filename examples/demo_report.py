@@ -12,6 +12,9 @@ Report = dict[str, Any]
 
 COLORS = ("#d98c3f", "#e3b98a", "#7da7cf", "#1f5f99")
 TOKEN_COLOR = "#b5443a"
+# Few small steps cannot move a weight by the tolerance, so what they changed is compared too, in norm. AdamW divides by
+# the gradient's size: it turns float32's rounding in weights of tiny gradients into differences near 1e-3.
+UPDATE_TOLERANCE = 1e-2
 
 
 def make_report(
@@ -38,7 +41,11 @@ def make_report(
             gaps = [abs(a - b) for a, b in zip(found["loss"], naive["loss"], strict=True)]
             summary[way] |= {"loss_difference": max_or_nan(gaps), "weights": weights[way]}
     compared = [summary[way] for way in weights]
-    agree = all(max(row["loss_difference"], row["weights"]["largest"]) <= tolerance for row in compared)
+    agree = all(
+        max_or_nan([row["loss_difference"], row["weights"]["largest"]]) <= tolerance
+        and row["weights"]["relative_to_update"] <= UPDATE_TOLERANCE
+        for row in compared
+    )
     return {
         "settings": settings,
         "summary": summary,
@@ -87,7 +94,8 @@ def print_tables(report: Report) -> None:
     )
     if settings["dtype"] == "float32":
         verdict = "agree" if report["agree"] else "DO NOT AGREE"
-        print(f"\nlosses and weights {verdict} ({report['tolerance']:g} is allowed)\n")
+        allowed = f"{report['tolerance']:g} is allowed, and {UPDATE_TOLERANCE:g} of the update"
+        print(f"\nlosses and weights {verdict} ({allowed})\n")
     else:
         print(f"\n{settings['dtype']} rounds differently in each way, so no agreement is required\n")
 

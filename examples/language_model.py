@@ -113,6 +113,30 @@ def model_name(folder: Path | str, gguf_file: str | None) -> str:
     return Path(gguf_file).stem if gguf_file else Path(folder).resolve().name
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one and the text does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default is None or action.default is False or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
+def share(text: str) -> float:
+    """A type for argparse: from 0 on, below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A type for argparse: 0 or a number above it."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
 def positive(kind: type) -> Callable[[str], Any]:
     """A type for argparse: numbers above 0."""
 

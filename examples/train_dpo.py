@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from language_model import (
     NEEDED_FOR_GGUF,
+    HelpFormatter,
     add_common_arguments,
     autocast,
     check_packages,
@@ -30,7 +31,9 @@ from language_model import (
     find_model,
     load_model,
     model_name,
+    not_negative,
     positive,
+    share,
 )
 from preference_data import DemoError, Example, choose_pairs, read_preferences
 from torch import Tensor
@@ -45,7 +48,8 @@ LOSSES = ("sigmoid", "hinge", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "
 # What a run's numbers depend on: a checkpoint is continued with the same ones only.
 SETTINGS = (
     *("data", "model", "max_length", "max_prompt_length", "dtype", "device", "beta", "loss_type", "lr", "seed"),
-    *("epochs", "steps", "token_budget", "accumulate", "warmup", "weight_decay", "max_grad_norm", "lora", "held_out"),
+    *("pairs", "epochs", "steps", "token_budget", "accumulate", "warmup", "weight_decay", "max_grad_norm", "lora"),
+    "held_out",
 )
 
 
@@ -309,24 +313,26 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         description="DPO: packed batches with shared prompts, references computed once, resumable at any step.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_common_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("run"), help="folder of everything that is written")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output, if there is one")
     parser.add_argument("--pairs", type=positive(int), help="use so many pairs of the data (default: all)")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the pairs that are only evaluated")
-    parser.add_argument("--epochs", type=positive(int), default=1)
+    parser.add_argument("--held-out", type=share, default=0.1, help="share of the pairs that are only evaluated")
+    parser.add_argument("--epochs", type=positive(int), default=1, help="passes over the data")
     parser.add_argument("--steps", type=positive(int), help="optimizer steps, in place of --epochs")
     parser.add_argument("--token-budget", type=positive(int), default=2048, help="tokens of one forward pass")
     parser.add_argument("--accumulate", type=positive(int), default=1, help="forward passes of an optimizer step")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train LoRA adapters; 0: all weights")
+    parser.add_argument("--lora", type=positive(int), metavar="RANK", help="train LoRA adapters (default: all weights)")
     parser.add_argument("--loss-type", choices=LOSSES, default="sigmoid", help="see docs/losses.md")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
-    parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0: no clipping")
-    parser.add_argument("--evaluate-every", type=positive(int), default=50, metavar="STEPS")
-    parser.add_argument("--save-every", type=positive(int), default=50, metavar="STEPS")
+    parser.add_argument("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
+    parser.add_argument("--weight-decay", type=not_negative, default=0.0, help="of AdamW")
+    parser.add_argument("--max-grad-norm", type=not_negative, default=1.0, help="0: no clipping")
+    parser.add_argument(
+        "--evaluate-every", type=positive(int), default=50, metavar="STEPS", help="on the pairs held out"
+    )
+    parser.add_argument("--save-every", type=positive(int), default=50, metavar="STEPS", help="a checkpoint")
     parser.add_argument("--json", type=Path, help="the log, one JSON object a line (default: log.jsonl in --output)")
     args = parser.parse_args()
     args.json = args.json or args.output / "log.jsonl"

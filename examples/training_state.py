@@ -54,7 +54,7 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         if step and path.exists():
             lines = path.read_text().split("\n")[:-1]  # a line that was cut off has no end

@@ -250,6 +250,16 @@ def test_a_batch_keeps_its_layout_until_it_is_changed():
     assert packing._layout(batch) is not layout
 
 
+@pytest.mark.parametrize("mask", ["dense", "blocks"])
+def test_a_batch_may_be_scored_in_inference_mode_first(mask):
+    model, batch = build("llama"), dpo_fast.packed_batch(EXAMPLES, share_prompts=True)
+    with torch.inference_mode():
+        expected = dpo_fast.packed_hidden(model, batch, mask=mask)
+    found = dpo_fast.packed_hidden(model, batch, mask=mask)
+    found.sum().backward()
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -453,6 +463,17 @@ def test_the_mask_can_be_chosen_and_is_shown(monkeypatch):
     model.config._attn_implementation = "another"
     with pytest.raises(TypeError, match="attention 'another' is not known here"):
         dpo_fast.packed_hidden(model, batch)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_autocast(attention):
+    model, batch = build("llama", attention, dtype=torch.float32), padded(TREE, "right")
+    kept = batch["attention_mask"].bool()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch).logits[kept].float()
+        with dpo_fast.shared_prompts(model):
+            found = model(**batch).logits[kept].float()
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -812,6 +833,23 @@ def test_calls_that_are_refused(change, message):
     model = build("llama")
     with pytest.raises(ValueError, match=message), dpo_fast.shared_prompts(model):
         model(**padded(TREE, "right") | change)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models(whole):
+    """Compiled as a whole, or its decoder alone, before and after the block too."""
+    model, batch = build("llama", dtype=torch.float32), padded(TREE, "right")
+    kept = batch["attention_mask"].bool()
+    expected = model(**batch).logits[kept]
+    compiled = torch.compile(model, backend="eager") if whole else model
+    if not whole:
+        model.model.compile(backend="eager")
+    for _ in range(2):
+        close(compiled(**batch).logits[kept], expected, 1e-5)
+        for mask in ("dense", "blocks"):
+            with dpo_fast.shared_prompts(compiled, mask=mask) as done:
+                close(compiled(**batch).logits[kept], expected, 1e-5)
+            assert done.packed_calls == 1
 
 
 def test_an_empty_row_and_no_token_at_all():

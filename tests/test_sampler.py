@@ -110,6 +110,11 @@ def test_resuming_equals_going_on(world):
             after = fresh()
             after.load_state_dict(json.loads(json.dumps(state)))  # as a checkpoint keeps it
             assert after.state_dict() == state
+            assert after.start == state["batches"]
+            first, *_ = [*enumerate(after, after.start), (None, None)]
+            assert first[0] in (state["batches"], None)
+            assert after.start == 0
+            after.load_state_dict(state)
             for epoch in range(state["epoch"], 2):
                 after.set_epoch(epoch)
                 seen += list(after)

@@ -211,7 +211,8 @@ def make_mask(form: str, layout: Layout, window: int | None, device: torch.devic
         return additive_mask(layout, window, device, dtype)
     key = form, window, device
     if key not in layout.masks:
-        layout.masks[key] = (block_mask if form == "blocks" else RunMask)(layout, window, device)
+        with torch.inference_mode(False):  # its next use may be in training
+            layout.masks[key] = (block_mask if form == "blocks" else RunMask)(layout, window, device)
     return layout.masks[key]
 
 

@@ -20,23 +20,20 @@ Forward = Callable[..., Any]
 Alone = Callable[[Tensor], Tensor]
 
 
-def run_packed(decoder: Decoder, forward: Forward, ids: Tensor, layout: Layout, form: str, **kwargs: Any) -> Any:
-    """The decoder's output for token ids [1, N] that lie as layout says.
-
-    Args:
-        forward: calls the decoder; the way around a forward that was replaced.
-        kwargs: passed on.
-    """
-    positions = torch.from_numpy(layout.position_ids)[None].to(ids.device)
+def packed_inputs(decoder: Decoder, ids: Tensor, layout: Layout, form: str) -> dict[str, Any]:
+    """The decoder's keywords for token ids [1, N] that lie as layout says."""
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.from_numpy(layout.position_ids)[None].to(ids.device),
+        "use_cache": False,
+    }
+    if form == "varlen":
+        return {**inputs, "attention_mask": None, **varlen_bounds(layout, ids.device)}
     if form == "runs":
         teach_sdpa()
-    if form == "varlen":
-        mask, more = None, varlen_bounds(layout, ids.device)
-    else:
-        dtype, more = decoder.body.get_input_embeddings().weight.dtype, {}
-        masks = {k: make_mask(form, layout, decoder.window_of(k), ids.device, dtype) for k in decoder.kinds}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-    return forward(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **more, **kwargs)
+    dtype = decoder.body.get_input_embeddings().weight.dtype
+    masks = {k: make_mask(form, layout, decoder.window_of(k), ids.device, dtype) for k in decoder.kinds}
+    return {**inputs, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
@@ -181,7 +178,7 @@ def _packing_error(decoder: Decoder, forward: Forward, alone: Alone, form: str, 
         expected = alone(torch.from_numpy(batch).to(device))
         try:
             ids = torch.from_numpy(packed.keys[:, 0].copy())[None].to(device)
-            found = run_packed(tried, forward, ids, packed.layout, form).last_hidden_state[0]
+            found = forward(**packed_inputs(tried, ids, packed.layout, form)).last_hidden_state[0]
         except Exception as error:  # whatever it does not take
             return f"it fails with {type(error).__name__}: {str(error)[:300]}"
     errors = [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_fast._packing.layout import Ints, Prefixes, find_prefixes
 from dpo_fast._packing.models import Decoder, decoder_of
-from dpo_fast._packing.run import Forward, checked_form, hidden_of, run_packed, shifts_freely
+from dpo_fast._packing.run import Forward, checked_form, hidden_of, packed_inputs, shifts_freely
 
 _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}  # models hand them through to their decoder
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "past_key_values", *_FOR_THE_LOSS}
@@ -111,20 +111,30 @@ def _forward(
     signature = inspect.signature(plain)
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def prepare(args: Any, kwargs: Any) -> tuple[_Batch, dict[str, Any]] | None:
         bound = signature.bind(*args, **kwargs).arguments
         given = {**bound, **bound.pop(extra, {})} if extra else bound
         batch = None if _is_plain(given) else _Batch(decoder, plain, given, rows)
         if batch is None or batch.nothing_to_gain:
             done.plain_calls += 1
-            return plain(*args, **kwargs)
+            return None
         done.packed_calls += 1
         done.rows_given += batch.ids.numel()
         done.rows_run += batch.packed.layout.n_rows
-        return batch.run(decoder, plain, mask)
+        return batch, batch.inputs(decoder, plain, mask)
 
-    return forward
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        packed = prepare(args, kwargs)
+        if packed is None:
+            return plain(*args, **kwargs)
+        batch, inputs = packed
+        return batch.unpacked(decoder.name, plain(**inputs))
+
+    # a compiled model's decoder is compiled by itself: what is packed depends on the tokens
+    found: Forward = torch.compiler.disable(forward, recursive=False)
+    return found
 
 
 def _is_plain(given: Mapping[str, Any]) -> bool:
@@ -162,15 +172,19 @@ class _Batch:
         """No padding and no common prefix, or no token at all."""
         return self.packed.layout.n_rows in (0, self.ids.numel())
 
-    def run(self, decoder: Decoder, plain: Forward, mask: str | None) -> Any:
-        """The decoder's output, each row's at its padded place; zeros at padding."""
+    def inputs(self, decoder: Decoder, plain: Forward, mask: str | None) -> dict[str, Any]:
+        """The decoder's keywords for the packed batch."""
         layout, device = self.packed.layout, self.ids.device
         form = checked_form(decoder, plain, hidden_of(plain), layout, device, mask)
         ids = torch.from_numpy(self.packed.keys[:, 0].copy())[None].to(device, self.ids.dtype)
-        out = run_packed(decoder, plain, ids, layout, form, **self.others)
-        rows: Ints = np.full(self.ids.shape, layout.n_rows, np.int64)
+        return {**packed_inputs(decoder, ids, layout, form), **self.others}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def unpacked(self, name: str, out: Any) -> Any:
+        """The decoder's output, each row's at its padded place; zeros at padding."""
+        rows: Ints = np.full(self.ids.shape, self.packed.layout.n_rows, np.int64)
         rows[self.valid] = np.concatenate(self.packed.rows)
-        found = type(out)(**_unpacked(decoder.name, out, torch.from_numpy(rows).to(device)))
+        found = type(out)(**_unpacked(name, out, torch.from_numpy(rows).to(self.ids.device)))
         return found.to_tuple() if self.as_tuple else found
 
 
