@@ -123,7 +123,8 @@ def check_model(model: Any, run: bool) -> Decoder:
         decoder = decoder_of(model)
         if run:
             for n_rows in _CHECKED_LENGTHS:
-                layout = Layout(*[np.zeros(n_rows, np.int64)] * 3)
+                rows = np.arange(n_rows)
+                layout = Layout(rows + 1, rows, rows)
                 forward = decoder.body.forward
                 checked_form(decoder, forward, hidden_of(forward), layout, decoder.causal.device, None)
     except (TypeError, ValueError) as error:

@@ -128,6 +128,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
             use_liger_kernel, torch_compile, dispatch_batches, context and sequence parallelism.
     """
 
+    data_collator: Any
+
     def __init__(self, *args: Any, memory_budget: int | None = None, packing: bool = False, **kwargs: Any) -> None:
         check_trl()
         if not isinstance(packing, bool):
@@ -136,7 +138,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         self.packing = packing
         self.shared_prompts = SharedPrompts() if packing else None
         if packing:
-            given = inspect.signature(trl.DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+            given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
             trl_packing.check_arguments(given.get("args"), given.get("processing_class"))
         super().__init__(*args, **kwargs)
         self._set_up_packing()
