@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import statistics
 import sys
@@ -63,10 +64,22 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.began)
 
 
-def run(way: str, options: argparse.Namespace, pairs: Dataset, folder: str) -> Run:
-    """Trains the same model over the same pairs, one way."""
+def choose_pairs(options: argparse.Namespace, tokenizer: Any, folder: str) -> Dataset:
+    """As many pairs as are trained on: references are computed in advance, of all that are given."""
+    read_preferences(options.data)  # raises for mistakes
+    pairs = load_dataset("json", data_files=str(options.data), split="train", cache_dir=folder).shuffle(seed=0)
+
+    def fits(pair: dict[str, Any]) -> bool:  # TRL drops the others
+        text = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+        return len(tokenizer(text).input_ids) < options.max_length
+
+    pairs = pairs.filter(fits)
+    return pairs.select(range(min(len(pairs), options.steps * options.batch)))
+
+
+def run(way: str, options: argparse.Namespace, model: Any, tokenizer: Any, pairs: Dataset, folder: str) -> Run:
+    """Trains the model over the pairs, one way."""
     print(f"{WAYS[way]} ...", file=sys.stderr, flush=True)
-    model, tokenizer = load_model(*find_model(options.model), torch.device("cpu"))
     times = StepTimes()
     settings = trl.DPOConfig(
         output_dir=folder,
@@ -125,13 +138,10 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
     try:
-        read_preferences(options.data)
-        find_model(options.model)
+        model, tokenizer = load_model(*find_model(options.model), torch.device("cpu"))
         with tempfile.TemporaryDirectory() as folder:
-            pairs = load_dataset("json", data_files=str(options.data), split="train", cache_dir=folder)
-            # references are computed in advance, so of no more pairs than are trained on
-            pairs = pairs.shuffle(seed=0).select(range(min(len(pairs), options.steps * options.batch)))
-            show({way: run(way, options, pairs, folder) for way in options.ways})
+            pairs = choose_pairs(options, tokenizer, folder)
+            show({way: run(way, options, copy.deepcopy(model), tokenizer, pairs, folder) for way in options.ways})
     except DemoError as error:
         print(f"train_trl.py: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
 
 import pytest
 import torch
@@ -214,6 +216,7 @@ RUNS = {
     "rpo": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
     "aot": {"loss_type": ["aot"]},
     "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    "streaming": {},
     "workers": {"dataloader_num_workers": 1},
     "one_pair_a_step": {"per_device_train_batch_size": 1},
     "adamw": {"optim": "adamw_torch", "learning_rate": 1e-3},
@@ -225,6 +228,8 @@ def test_options(tmp_path, name):
     options = dict(RUNS[name])
     if name.startswith("keep"):
         options["change"] = lengths_are_cut
+    if name == "streaming":
+        options["pairs"] = data().to_iterable_dataset()
     train_both(tmp_path, lambda: model(seed=1), model, **options)
 
 
@@ -331,6 +336,40 @@ def test_equal_models_have_rewards_of_exactly_0(tmp_path, precision, reference):
     assert log["logps/chosen"] < -1
     names = ("chosen", "rejected", "margins", "accuracies")
     assert {name: log[f"rewards/{name}"] for name in names} == dict.fromkeys(names, 0.0)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def trained_on_two_ranks(rank, port, folder):
+    """DDP: every rank's own pairs, an uneven end, gradients averaged by TRL's trainer."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in given.items()}
+    torch.set_num_threads(1)
+    trainers = []
+    for way in WAYS:
+        trainer = make(
+            way, f"{folder}/{way}", model(seed=1), model(), per_device_train_batch_size=1, max_steps=-1,
+            num_train_epochs=1, eval_dataset=data(seed=1), per_device_eval_batch_size=1, ddp_backend="gloo",
+            precompute_ref_log_probs=True,
+        )  # fmt: skip
+        assert trainer.accelerator.num_processes == 2
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        trainer.evaluate()
+        trainers.append(trainer)
+    assert trainers[1].shared_prompts.packed_calls > 10
+    assert len(trainers[0].state.log_history) == 5 + 2  # steps, the summary, an evaluation
+    assert_same_run(trainers[1], trainers[0])
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_two_ranks(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(trained_on_two_ranks, (port, str(tmp_path)), nprocs=2)
 
 
 # --- collators and caches ---------------------------------------------------------------------------------------------

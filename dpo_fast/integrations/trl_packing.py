@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ ROWS = "packed_rows"  # the packed form of a batch, beside TRL's own keys
 _NEEDED = ("input_ids", "attention_mask", "completion_mask")
 _KNOWN = {*_NEEDED, "ref_chosen_logps", "ref_rejected_logps"}
 _CHECKED_LENGTHS = (1, 4096)  # the mask's form depends on the number of rows
+_NOT = "packing=True:"
 
 
 @dataclass
@@ -99,9 +100,6 @@ def check_arguments(args: Any, processing_class: Any) -> None:
         )
 
 
-_NOT = "packing=True:"
-
-
 def check_parallelism(accelerator: Any) -> None:
     """Raises ValueError where sequences are split over processes."""
     config = accelerator.parallelism_config
@@ -132,10 +130,11 @@ def check_model(model: Any, run: bool) -> Decoder:
     return decoder
 
 
-def packed_calls(models: Sequence[Any], done: SharedPrompts, rows: PackedRows | None) -> AbstractContextManager[Any]:
-    """Within it, these models' calls run packed. Models that are None, or given twice, count once or not at all."""
-    stack = ExitStack()
-    for model in models:
-        if model is not None:
-            stack.enter_context(sharing(model, None, done, rows))
-    return stack
+@contextmanager
+def packed_calls(models: Sequence[Any], done: SharedPrompts, rows: PackedRows | None) -> Iterator[None]:
+    """Within it, these models' calls run packed; None is no model."""
+    with ExitStack() as stack:
+        for model in models:
+            if model is not None:
+                stack.enter_context(sharing(model, None, done, rows))
+        yield
