@@ -351,7 +351,6 @@ def trained_on_two_ranks(rank, port, folder):
         trainer = make(
             way, f"{folder}/{way}", model(seed=1), model(), per_device_train_batch_size=1, max_steps=-1,
             num_train_epochs=1, eval_dataset=data(seed=1), per_device_eval_batch_size=1, ddp_backend="gloo",
-            precompute_ref_log_probs=True,
         )  # fmt: skip
         assert trainer.accelerator.num_processes == 2
         trainer.train()

@@ -28,6 +28,7 @@ from dpo_fast.outputs import DPOOutput
 
 _SMOOTHED = {"exo_pair", "robust"}  # losses over pairs that read label_smoothing in TRL
 _SORTED = {"aot", "aot_unpaired"}  # losses that sort the batch
+_OF_PAIRS = {"pairs", "accurate", "margins"}  # sums that TRL gathers from all ranks, beside rewards and logps
 _NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", trl_packing.ROWS}
 
 
@@ -273,9 +274,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
             "ranks": out.loss.new_ones(()),
             "num_tokens": inputs["attention_mask"].sum(),
         }
-        vector = torch.stack([value.detach().double() for value in sums.values()])
-        values = self.accelerator.gather(vector).view(-1, len(sums)).sum(0).tolist()
-        total = dict(zip(sums, values, strict=True))
+        total = self._over_ranks(sums)
 
         def ratio(part: str, of: str) -> float:
             return total[part] / total[of] if total[of] > 0 else 0.0
@@ -295,6 +294,18 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         if mode == "train":
             self._total_train_tokens += int(total["num_tokens"]) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over all ranks; of tokens, as TRL by `gather_for_metrics`, over `remainder` ranks in an uneven last batch."""
+        vector = torch.stack([value.detach().double() for value in sums.values()])
+        ranks = self.accelerator.gather(vector).view(-1, len(sums))
+        state = self.accelerator.gradient_state
+        counted = state.remainder if state.end_of_dataloader and state.remainder > 0 else len(ranks)
+        totals = torch.stack([ranks.sum(0), ranks[:counted].sum(0)]).tolist()
+        return {
+            name: every if name in _OF_PAIRS or name.startswith(("rewards/", "logps/")) else of_tokens
+            for name, every, of_tokens in zip(sums, *totals, strict=True)
+        }
 
     @staticmethod
     def _halves(out: DPOOutput) -> Iterator[tuple[str, str, Tensor]]:
