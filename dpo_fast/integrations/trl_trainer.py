@@ -296,7 +296,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over all ranks; of tokens, as TRL by `gather_for_metrics`, over `remainder` ranks in an uneven last batch."""
+        """Sums over ranks: over all, but of tokens, as TRL by gather_for_metrics, over some in an uneven last batch."""
         vector = torch.stack([value.detach().double() for value in sums.values()])
         ranks = self.accelerator.gather(vector).view(-1, len(sums))
         state = self.accelerator.gradient_state
