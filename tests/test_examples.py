@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -297,3 +298,21 @@ def test_runs_are_not_mixed(tmp_path, tiny, monkeypatch, capsys):
     ):
         assert train(monkeypatch, *options, *more) == 2
         assert message in capsys.readouterr().err
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("trl", "datasets")), reason="needs TRL")
+def test_trl_three_ways(tiny):
+    """The same losses, and fewer tokens packed."""
+    run = script("train_trl.py", "--model", tiny, "--steps", 2, "--batch", 2)
+    assert run.returncode == 0, run.stderr
+    _, *lines = run.stdout.strip().splitlines()
+    rows = [re.fullmatch(r"(.+?)\s+([\d,]+)\s+[\d.]+\s+[\d.]+x  ([\d.]+) ([\d.]+)", line).groups() for line in lines]
+    names, tokens, *losses = zip(*rows, strict=True)
+    assert names[2] == "dpo_fast's DPOTrainer(packing=True)"
+    padded, same, packed = (int(number.replace(",", "")) for number in tokens)
+    assert padded == same > 1.5 * packed
+    for each in losses:
+        assert [float(loss) for loss in each] == pytest.approx([float(each[0])] * 3, abs=2e-4)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_fast._packing.layout import Ints, find_prefixes
+from dpo_fast._packing.layout import Ints, Prefixes, find_prefixes
 from dpo_fast._packing.models import Decoder, decoder_of
 from dpo_fast._packing.run import Forward, checked_form, hidden_of, packed_inputs, shifts_freely
 
@@ -33,20 +34,51 @@ class SharedPrompts:
     rows_run: int = 0  # N of the packed calls
 
 
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """A padded batch packed with every common prefix once; no tuple, which trainers would take apart."""
+
+    packed: Prefixes
+    valid: npt.NDArray[np.bool_]  # [S, T]: which places are no padding
+    shares: bool  # whether prefixes were looked for
+
+
+def packed_rows(
+    ids: Ints,  # [S, T]
+    valid: npt.NDArray[np.bool_],  # [S, T]
+    positions: Ints,  # [S, T]
+    share: bool,
+) -> PackedRows:
+    """Packs a padded batch. A window is measured in places from each row's first token."""
+    columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    firsts = valid.argmax(-1) if ids.shape[1] else np.zeros(len(ids), np.int64)
+    keys = np.stack([ids, positions, columns - firsts[:, None]], -1).astype(np.int64)
+    sequences = [key[kept] for key, kept in zip(keys, valid, strict=True)]
+    return PackedRows(find_prefixes(sequences, share), valid, share)
+
+
 _ACTIVE: weakref.WeakKeyDictionary[Any, SharedPrompts] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def sharing(model: Any, mask: str | None) -> Iterator[SharedPrompts]:
-    """See `dpo_fast.shared_prompts`."""
+def sharing(
+    model: Any, mask: str | None, done: SharedPrompts | None = None, rows: PackedRows | None = None
+) -> Iterator[SharedPrompts]:
+    """See `dpo_fast.shared_prompts`.
+
+    Args:
+        done: counts on.
+        rows: of the padded batch that the block's calls will be given, made beforehand: nothing is then read from the
+            device. Right padding, and positions that are the columns.
+    """
     decoder = decoder_of(model)
     body = decoder.body
     if body in _ACTIVE:  # a block within a block
         yield _ACTIVE[body]
         return
     before = body.__dict__.get("forward")  # not the class's own where another library has replaced it
-    done = _ACTIVE[body] = SharedPrompts()
-    ours = _forward(decoder, body.forward, mask, done)
+    done = _ACTIVE[body] = done or SharedPrompts()
+    ours = _forward(decoder, body.forward, mask, done, rows)
     body.forward = ours
     hook = decoder.causal.register_forward_hook(_not_around(decoder.name, done))
     try:
@@ -62,7 +94,7 @@ def sharing(model: Any, mask: str | None) -> Iterator[SharedPrompts]:
 
 def _not_around(name: str, done: SharedPrompts) -> Any:
     """A hook of the causal model that raises where its forward did not call the decoder's."""
-    before = [0]
+    before = [done.packed_calls + done.plain_calls]
 
     def hook(*_: Any) -> None:
         calls = done.packed_calls + done.plain_calls
@@ -73,7 +105,9 @@ def _not_around(name: str, done: SharedPrompts) -> Any:
     return hook
 
 
-def _forward(decoder: Decoder, plain: Forward, mask: str | None, done: SharedPrompts) -> Forward:
+def _forward(
+    decoder: Decoder, plain: Forward, mask: str | None, done: SharedPrompts, rows: PackedRows | None
+) -> Forward:
     signature = inspect.signature(plain)
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
@@ -81,7 +115,7 @@ def _forward(decoder: Decoder, plain: Forward, mask: str | None, done: SharedPro
     def prepare(args: Any, kwargs: Any) -> tuple[_Batch, dict[str, Any]] | None:
         bound = signature.bind(*args, **kwargs).arguments
         given = {**bound, **bound.pop(extra, {})} if extra else bound
-        batch = None if _is_plain(given) else _Batch(decoder, plain, given)
+        batch = None if _is_plain(given) else _Batch(decoder, plain, given, rows)
         if batch is None or batch.nothing_to_gain:
             done.plain_calls += 1
             return None
@@ -119,23 +153,19 @@ def _is_plain(given: Mapping[str, Any]) -> bool:
 class _Batch:
     """One call's padded batch, and the same packed."""
 
-    def __init__(self, decoder: Decoder, plain: Forward, given: Mapping[str, Any]) -> None:
+    def __init__(
+        self, decoder: Decoder, plain: Forward, given: Mapping[str, Any], rows: PackedRows | None = None
+    ) -> None:
         _check(decoder.name, given)
         self.ids: Tensor = given["input_ids"]  # [S, T]
         self.others = {k: v for k, v in given.items() if k not in _INPUTS - _FOR_THE_LOSS and v is not None}
         self.as_tuple = given.get("return_dict") is False
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        valid = np.ones(self.ids.shape, bool) if mask is None else (mask != 0).cpu().numpy()
-        columns = np.broadcast_to(np.arange(self.ids.shape[1]), self.ids.shape)
-        firsts = valid.argmax(-1)
-        at = columns if positions is None else np.broadcast_to(positions.cpu().numpy(), self.ids.shape)
-        if positions is None and (firsts != firsts[0]).any() and shifts_freely(decoder, plain, self.ids.device):
-            at = columns - firsts[:, None]
-        keys = np.stack([self.ids.cpu().numpy(), at, columns - firsts[:, None]], -1).astype(np.int64)
-        sequences = [key[kept] for key, kept in zip(keys, valid, strict=True)]
-        _check_positions(decoder.name, sequences)
-        self.packed = find_prefixes(sequences, share="flash" not in decoder.attention)
-        self.valid = valid
+        share = "flash" not in decoder.attention
+        if rows is None or rows.shares != share or given.get("position_ids") is not None:
+            rows = _read(decoder, plain, given, share)
+        elif rows.valid.shape != self.ids.shape:
+            raise ValueError(f"rows were packed for a batch {rows.valid.shape}, found {tuple(self.ids.shape)}")
+        self.packed, self.valid = rows.packed, rows.valid
 
     @property
     def nothing_to_gain(self) -> bool:
@@ -158,6 +188,21 @@ class _Batch:
         return found.to_tuple() if self.as_tuple else found
 
 
+def _read(decoder: Decoder, plain: Forward, given: Mapping[str, Any], share: bool) -> PackedRows:
+    """Packs the batch of a call, read from its device."""
+    ids: Tensor = given["input_ids"]
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    valid = np.ones(ids.shape, bool) if mask is None else (mask != 0).cpu().numpy()
+    columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    firsts = valid.argmax(-1)
+    at = columns if positions is None else np.broadcast_to(positions.cpu().numpy(), ids.shape)
+    if positions is None and (firsts != firsts[0]).any() and shifts_freely(decoder, plain, ids.device):
+        at = columns - firsts[:, None]
+    for s, (row, kept) in enumerate(zip(at, valid, strict=True)):
+        _check_positions(decoder.name, s, row[kept])
+    return packed_rows(ids.cpu().numpy(), valid, at, share)
+
+
 def _check(name: str, given: Mapping[str, Any]) -> None:
     ids, mask, positions = (given.get(key) for key in ("input_ids", "attention_mask", "position_ids"))
     if ids is None:
@@ -177,15 +222,14 @@ def _check(name: str, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is given {key} {tuple(value.shape)}, which shared_prompts cannot pack")
 
 
-def _check_positions(name: str, sequences: list[Ints]) -> None:
-    for s, keys in enumerate(sequences):
-        steps = np.diff(keys[:, 1])
-        if (steps < 1).any():
-            where = int(np.argmax(steps < 1)) + 1
-            raise ValueError(
-                f"position_ids of row {s} fall from {keys[where - 1, 1]} to {keys[where, 1]}: {name} would take it for "
-                "one sequence by its attention_mask, and for several by its positions"
-            )
+def _check_positions(name: str, s: int, positions: Ints) -> None:
+    steps = np.diff(positions)
+    if (steps < 1).any():
+        where = int(np.argmax(steps < 1)) + 1
+        raise ValueError(
+            f"position_ids of row {s} fall from {positions[where - 1]} to {positions[where]}: {name} would take it for "
+            "one sequence by its attention_mask, and for several by its positions"
+        )
 
 
 def _unpacked(name: str, out: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -5,12 +5,14 @@
 `use_dpo_fast` replaces TRL's per-token log-probs and leaves the loss to TRL. Here the LM head, the loss and its
 gradient are one operation of three matrix products (TRL needs four), and a step's metrics reach the host in one
 transfer. Options that TRL reads differently take TRL's own loss over the same log-probs; see
-`DPOTrainer.computes_whole_loss`.
+`DPOTrainer.computes_whole_loss`. With `packing=True` the models run without padding and with each prompt once.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +20,21 @@ import trl
 from torch import Tensor
 
 import dpo_fast
+from dpo_fast._packing.shared import SharedPrompts
+from dpo_fast.integrations import trl_packing
 from dpo_fast.integrations.trl import ChunkedLogProbs, Replacement, autocast_applied, check_trl
 from dpo_fast.linear import linear_dpo_loss
 from dpo_fast.outputs import DPOOutput
 
 _SMOOTHED = {"exo_pair", "robust"}  # losses over pairs that read label_smoothing in TRL
 _SORTED = {"aot", "aot_unpaired"}  # losses that sort the batch
+_OF_PAIRS = {"pairs", "accurate", "margins"}  # sums that TRL gathers from all ranks, beside rewards and logps
+_NOT_OF_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", trl_packing.ROWS}
+
+
+def _for_trl(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch without what TRL does not know: it hands the model all other keys."""
+    return {key: value for key, value in inputs.items() if key != trl_packing.ROWS}
 
 
 class _DoubleLogProbs(ChunkedLogProbs):
@@ -98,18 +109,69 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
     "sigmoid_norm" divide by the number of scored tokens (where a prompt is empty, TRL counts the first token of the
     completion too, which no logit predicts).
 
+    With `packing=True` every microbatch, of training, evaluation and the reference, runs through the decoder as one row
+    of all sequences' tokens, without padding, and with each common beginning (a pair's prompt, above all) once. All
+    options, losses, metrics and trained parameters stay TRL's up to rounding, and so do the microbatches: TRL's
+    collator chooses and truncates their tokens. Wrapped models (PEFT, DDP, FSDP) are entered through their own forward.
+    Two things differ: with `disable_dropout=False`, dropout draws one mask for a shared prompt; and the logits that
+    `predict` returns are still those of a padded forward pass. Flash attention takes no mask: it leaves out padding,
+    and shares no prompts.
+
     Args:
         memory_budget: as for `dpo_fast.linear_dpo_loss`.
+        packing: run packed with shared prompts. Counts of rows, padded and as run, are in `shared_prompts`.
         all others: TRL's.
 
     Raises:
         RuntimeError: this version of TRL was not tested.
+        TypeError, ValueError: with packing, what cannot run packed: vision-language models, models that
+            `dpo_fast.packed_hidden` refuses, collators that give more than token ids and masks, padding_free,
+            use_liger_kernel, torch_compile, dispatch_batches, context and sequence parallelism.
     """
 
-    def __init__(self, *args: Any, memory_budget: int | None = None, **kwargs: Any) -> None:
+    data_collator: Any
+
+    def __init__(self, *args: Any, memory_budget: int | None = None, packing: bool = False, **kwargs: Any) -> None:
         check_trl()
+        if not isinstance(packing, bool):
+            raise TypeError(f"packing must be True or False, found {packing!r}")
         self.memory_budget = memory_budget
+        self.packing = packing
+        self.shared_prompts = SharedPrompts() if packing else None
+        if packing:
+            given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+            trl_packing.check_arguments(given.get("args"), given.get("processing_class"))
         super().__init__(*args, **kwargs)
+        self._set_up_packing()
+
+    def _set_up_packing(self) -> None:
+        """Checks what is to run packed, and packs in the collator; done once, before the first batch."""
+        if not self.packing or isinstance(self.data_collator, trl_packing.PackingCollator):
+            return
+        if self._is_vlm:
+            trl_packing.check_arguments(None, self.processing_class)
+        trl_packing.check_parallelism(self.accelerator)
+        # sharded models are whole only within their own forward: they are checked in their first step
+        run = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        decoder = trl_packing.check_model(self.model, run)
+        if self.ref_model is not None:
+            trl_packing.check_model(self.ref_model, run)
+        self.data_collator = trl_packing.PackingCollator(self.data_collator, "flash" not in decoder.attention)
+        self.data_collator([self._first_example()])  # raises for collators of other data
+        self.accelerator.dataloader_config.dispatch_batches = False  # each process collates its own batches
+
+    def _first_example(self) -> dict[str, Any]:
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        example = next(iter(self.train_dataset))
+        if not self.args.remove_unused_columns:
+            return dict(example)
+        return {key: example[key] for key in columns}
+
+    def _packed(self, inputs: dict[str, Any], *models: Any) -> AbstractContextManager[Any]:
+        """Within it, these models run the batch packed; with packing=False, as ever."""
+        if self.shared_prompts is None:
+            return nullcontext()
+        return trl_packing.packed_calls(models, self.shared_prompts, inputs.get(trl_packing.ROWS))
 
     @property
     def computes_whole_loss(self) -> bool:
@@ -128,13 +190,14 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
 
         Summed in double and rounded once, as the policy's are: equal models give rewards of exactly 0.
         """
-        with Replacement(_DoubleLogProbs(self.memory_budget)):
-            chosen, rejected = super().compute_ref_log_probs(model, inputs)
+        with Replacement(_DoubleLogProbs(self.memory_budget)), self._packed(inputs, model):
+            chosen, rejected = super().compute_ref_log_probs(model, _for_trl(inputs))
         return chosen.float(), rejected.float()
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, with cache files of its own: TRL's log-probs differ from these in the last bits."""
-        mark = f" dpo_fast {dpo_fast.__version__}"
+        self._set_up_packing()
+        mark = f" dpo_fast {dpo_fast.__version__}" + " packed" * self.packing
         if not self._precompute_model_hash.endswith(mark):
             self._precompute_model_hash += mark
         return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -167,19 +230,21 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         return options
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        lengths = inputs["completion_mask"][..., 1:].sum(-1)
+        if return_outputs and self.packing:
+            # logits of padding, too, are those of the padded batch
+            loss = self._compute_loss(model, inputs, False)
+            with torch.no_grad():
+                return loss, model(**self._model_inputs(inputs))
         if return_outputs or not self.computes_whole_loss:
-            with Replacement(ChunkedLogProbs(self.memory_budget)):
-                return super()._compute_loss(model, inputs, return_outputs)
+            packed = self._packed(inputs, model, None if self.precompute_ref_logps else self.ref_model)
+            with Replacement(ChunkedLogProbs(self.memory_budget)), packed:
+                return super()._compute_loss(model, _for_trl(inputs), return_outputs)
+        lengths = inputs["completion_mask"][..., 1:].sum(-1)
         ref_logps = self._ref_logps(inputs)
-        others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-        model_inputs = {k: v for k, v in inputs.items() if k not in others} | {"use_cache": False}
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         whole = _WholeLoss(self.memory_budget, lengths, ref_logps=ref_logps, **self._loss_options())
-        with Replacement(whole):
-            outputs = model(**model_inputs, labels=labels, fused_lm_head=True)
+        with Replacement(whole), self._packed(inputs, model):
+            outputs = model(**self._model_inputs(inputs), labels=labels, fused_lm_head=True)
         loss, out = whole.loss_of(outputs.log_probs)
         aux_loss = None
         if self.aux_loss_enabled:
@@ -187,6 +252,12 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
             loss = loss + self.router_aux_loss_coef * aux_loss
         self._log_metrics(out, inputs, aux_loss)
         return loss
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        found = {k: v for k, v in inputs.items() if k not in _NOT_OF_THE_MODEL} | {"use_cache": False}
+        if self.aux_loss_enabled:
+            found["output_router_logits"] = True
+        return found
 
     @torch.no_grad()
     def _log_metrics(self, out: DPOOutput, inputs: dict[str, Any], aux_loss: Tensor | None) -> None:
@@ -203,9 +274,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
             "ranks": out.loss.new_ones(()),
             "num_tokens": inputs["attention_mask"].sum(),
         }
-        vector = torch.stack([value.detach().double() for value in sums.values()])
-        values = self.accelerator.gather(vector).view(-1, len(sums)).sum(0).tolist()
-        total = dict(zip(sums, values, strict=True))
+        total = self._over_ranks(sums)
 
         def ratio(part: str, of: str) -> float:
             return total[part] / total[of] if total[of] > 0 else 0.0
@@ -225,6 +294,18 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc,name-defined]
         if mode == "train":
             self._total_train_tokens += int(total["num_tokens"]) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over ranks: over all, but of tokens, as TRL by gather_for_metrics, over some in an uneven last batch."""
+        vector = torch.stack([value.detach().double() for value in sums.values()])
+        ranks = self.accelerator.gather(vector).view(-1, len(sums))
+        state = self.accelerator.gradient_state
+        counted = state.remainder if state.end_of_dataloader and state.remainder > 0 else len(ranks)
+        totals = torch.stack([ranks.sum(0), ranks[:counted].sum(0)]).tolist()
+        return {
+            name: every if name in _OF_PAIRS or name.startswith(("rewards/", "logps/")) else of_tokens
+            for name, every, of_tokens in zip(sums, *totals, strict=True)
+        }
 
     @staticmethod
     def _halves(out: DPOOutput) -> Iterator[tuple[str, str, Tensor]]:
