@@ -58,11 +58,18 @@ cdef extern from "cpu/batch.h" namespace "dpo_fast" nogil:
 
 
 cdef extern from "cpu/sparse_head.h" namespace "dpo_fast" nogil:
+    cdef struct SelectedRows:
+        int32_t* columns
+        float* values
+        int32_t* counts
+        float* skipped
+        int64_t n_rows, vocab, most
+
     cdef struct SparseRows:
         int32_t* columns
         float* values
-        int32_t* starts
-        int64_t n_rows, vocab, most
+        int64_t* positions
+        int64_t n_rows, vocab
 
     cdef struct SparseInput:
         const float* logps
@@ -72,7 +79,9 @@ cdef extern from "cpu/sparse_head.h" namespace "dpo_fast" nogil:
 
     int64_t c_column_blocks "dpo_fast::column_blocks"(int64_t)
     bint c_select_sparse "dpo_fast::select_sparse"(
-        const RowKernels&, const Rows&, const SparseInput&, int, const SparseRows&, float*) except +
+        const RowKernels&, const Rows&, const SparseInput&, int, const SelectedRows&) except +
+    int64_t c_count_entries "dpo_fast::count_entries"(const SelectedRows&)
+    void c_pack_sparse "dpo_fast::pack_sparse"(const SelectedRows&, int, const SparseRows&)
     void c_sparse_times_table "dpo_fast::sparse_times_table"(
         const RowKernels&, const SparseRows&, int, const void*, int64_t, int64_t, int, float*) except +
     void c_sparse_transposed_times_table "dpo_fast::sparse_transposed_times_table"(
@@ -322,44 +331,50 @@ def preference_backward(
 # --- sparse gradients of a head's logits ------------------------------------------------------------------------------
 
 
+cdef SelectedRows parse_selected(object arguments) except *:
+    cdef SelectedRows rows
+    columns, values, counts, skipped, rows.n_rows, rows.vocab, rows.most = fields(arguments, "selected")
+    rows.columns = <int32_t*>required(columns, rows.n_rows * rows.most, "columns")
+    rows.values = <float*>required(values, rows.n_rows * rows.most, "values")
+    rows.counts = <int32_t*>required(counts, rows.n_rows * rows.vocab, "counts")
+    rows.skipped = <float*>required(skipped, rows.n_rows, "skipped")
+    return rows
+
+
 cdef SparseRows parse_sparse(object arguments) except *:
-    cdef SparseRows sparse
-    columns, values, starts, sparse.n_rows, sparse.vocab, sparse.most = fields(arguments, "sparse")
-    sparse.columns = <int32_t*>required(columns, sparse.n_rows, "columns")
-    sparse.values = <float*>required(values, sparse.n_rows, "values")
-    sparse.starts = <int32_t*>required(starts, sparse.n_rows, "starts")
-    return sparse
+    cdef SparseRows rows
+    columns, values, positions, rows.n_rows, rows.vocab, n_entries = fields(arguments, "sparse")
+    rows.columns = <int32_t*>required(columns, n_entries, "columns")
+    rows.values = <float*>required(values, n_entries, "values")
+    rows.positions = <int64_t*>required(positions, 1, "positions")
+    return rows
 
 
 cdef int check_table(int logit_type) except -1:
     if logit_type == kFloat64 or not 0 <= logit_type < kLogitTypes:
-        raise ValueError(f"sparse rows have no kernels for tables of type number {logit_type}")
+        raise ValueError(f"there are no sparse kernels for type number {logit_type}")
     return 0
 
 
 def column_blocks(int64_t vocab):
-    """The number of blocks of columns that `starts` of sparse rows tells apart."""
+    """The number of blocks of columns of sparse rows."""
     return c_column_blocks(vocab)
 
 
-def select_sparse(
-    object rows, int threads, object logps, object stats, object grads, object allowed, object sparse, object skipped
-):
-    """Fills `sparse` (KernelSparse) with the gradient of logits [rows, V], of adjacent columns and one target a row, all of
-    them kept, from logps [rows], stats [rows, 2] and the gradients of the log-probs [rows]; skipped [rows] becomes the
-    softmax mass that each row leaves out, at most allowed [rows] (all but the target from 1 on; below 0 the row is dense).
-    All are float32. Returns False where most rows looked at are dense: nothing is promised about `sparse` then.
+def select_sparse(object rows, int threads, object logps, object stats, object grads, object allowed, object selected):
+    """Fills `selected` (KernelSelected) with the gradient of logits [rows, V], of adjacent columns and one target a row,
+    all of them kept, from logps [rows], stats [rows, 2] and the gradients of the log-probs [rows]. Each row leaves out a
+    softmax mass of at most allowed [rows] (all but the target from 1 on; below 0 the row is dense). All are float32.
+    Returns the number of entries, or -1 where most rows looked at are dense: nothing is promised about `selected` then.
 
     Raises:
         ValueError: an address of 0, or None; float64 logits; columns that are not adjacent; several targets.
         IndexError: a target outside the vocabulary.
     """
     cdef Rows r = parse_rows(rows)
-    cdef SparseRows out = parse_sparse(sparse)
+    cdef SelectedRows out = parse_selected(selected)
     cdef SparseInput given
-    cdef int64_t row
-    cdef float* left_out = <float*>required(skipped, r.n_rows, "skipped")
-    cdef bint found
+    cdef int64_t row, found = -1
     given.logps = <const float*>required(logps, r.n_rows, "logps")
     given.stats = <const float*>required(stats, r.n_rows, "stats")
     given.grads = <const float*>required(grads, r.n_rows, "grads")
@@ -371,8 +386,21 @@ def select_sparse(
         if not 0 <= r.targets[row] < r.vocab:
             raise_bad_target(&r, row, 0)
     with nogil:
-        found = c_select_sparse(kernels[0], r, given, threads, out, left_out)
+        if c_select_sparse(kernels[0], r, given, threads, out):
+            found = c_count_entries(out)
     return found
+
+
+def pack_sparse(object selected, int threads, object sparse):
+    """Packs what select_sparse has left into `sparse` (KernelSparse), which has room for its entries.
+
+    Raises:
+        ValueError: an address of 0, or None.
+    """
+    cdef SelectedRows rows = parse_selected(selected)
+    cdef SparseRows out = parse_sparse(sparse)
+    with nogil:
+        c_pack_sparse(rows, threads, out)
 
 
 def sparse_times_table(object sparse, int logit_type, object table, int64_t stride, int64_t width, int threads, object out):

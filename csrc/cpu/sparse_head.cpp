@@ -45,8 +45,9 @@ namespace {
 // How far the kept mass, a sum of float32 numbers, may be from the truth: the sum of the forward pass (float32 over 2048
 // logits), 1 / sum and every p; half types' p come from the shorter exponential (docs/accuracy.md).
 constexpr double kMassError = 1e-5, kHalfMassError = 3e-5;
-// Candidates are at first those above the allowed mass times this, then times kLooser of the last, until they hold enough.
-constexpr double kFirstCut = 1.0 / 1024, kLooser = 1.0 / 32;
+// Candidates are at first those above the allowed mass times this: at most 1024 more than are kept. Where they do not hold
+// enough, the next cut is guessed for this part of the allowed mass.
+constexpr double kFirstCut = 1.0 / 1024, kSafety = 0.8;
 // Rows looked at before all others.
 constexpr int64_t kSampleRows = 16;
 // Bins of the histogram: exponent and three more bits of p, down to 2^-63.
@@ -89,7 +90,7 @@ struct RowSelection {
   const CpuRows& rows;
   const SparseKernels& kernels;
   const SparseInput& in;
-  const SparseRows& out;
+  const SelectedRows& out;
   double error;  // of the mass
 
   const char* logits(int64_t row) const {
@@ -103,12 +104,11 @@ struct RowSelection {
   }
 
   // Candidates without the target, among which are the largest bins that hold `needed`: the lowest of these bins and the
-  // mass of all of them; -1 where the row does not hold so much.
+  // mass of all of them; -1 where the row does not hold so much, or not in as few entries as it may keep.
   int find_cut(int64_t row, double needed, double allowed, Scratch& s, int64_t* n, double* kept) const {
     const int64_t target = rows.targets[row];
     const double lowest = allowed / (4.0 * rows.vocab);
-    for (double cut = allowed * kFirstCut;; cut *= kLooser) {
-      cut = std::max(cut, lowest);
+    for (double cut = std::max(allowed * kFirstCut, lowest);;) {
       const double raw = raw_logit_of(rows.transform, cut, in.stats[2 * row], in.stats[2 * row + 1]);
       const float bound = std::nextafterf((float)raw, -INFINITY);
       *n = kernels.candidates[rows.logit_type](logits(row), rows.vocab, bound, s.columns.get(), s.raw.get());
@@ -122,62 +122,71 @@ struct RowSelection {
         *kept += s.mass[bin];
         if (*kept >= needed) return bin;
       }
-      if (cut == lowest) return -1;
+      if (cut == lowest || *n > out.most) return -1;
+      cut = std::max(looser_cut(cut, *n, needed + allowed - *kept, allowed), lowest);
     }
   }
 
-  void put(int64_t row, int64_t at, int64_t column, float value, int64_t& block) const {
-    int32_t* starts = out.starts + row * (column_blocks(rows.vocab) + 1);
-    for (; block <= column / kBlockColumns; ++block) starts[block] = (int32_t)at;
-    out.columns[row * out.most + at] = (int32_t)column;
-    out.values[row * out.most + at] = value;
+  // If n entries lie above a cut, and the rest has the mass `rest`, where the rest would have `allowed` were p a power
+  // of the entry's rank: p = c n^-s, rest = c n^(1 - s) / (s - 1).
+  static double looser_cut(double cut, int64_t n, double rest, double allowed) {
+    const double t = cut * (double)std::max<int64_t>(n, 1) / rest;  // s - 1
+    const double factor = std::pow(rest / (kSafety * allowed), -(1 + t) / t);
+    return cut * std::min(std::max(factor, 1.0 / 64), 0.5);
   }
 
   // Writes the candidates from `bin` on, and the target in its place; false where there are too many.
   bool write(int64_t row, int bin, int64_t n, const Scratch& s) const {
     const double g = in.grads[row];
-    const int64_t target = rows.targets[row], blocks = column_blocks(rows.vocab);
-    float raw, target_p, slope;
-    raw = (float)rows.kernels->value[kPlain](logits(row) + target * rows.logit_bytes, rows.transform);
-    probabilities(row, 1, &raw, &target_p, &slope);
+    const int64_t target = rows.targets[row], blocks = column_blocks(rows.vocab), first = row * out.most;
+    float raw = (float)rows.kernels->value[kPlain](logits(row) + target * rows.logit_bytes, rows.transform), p, slope;
+    probabilities(row, 1, &raw, &p, &slope);
     const RowIncoming incoming = {g, 0, 0, true};
     const float at_target = (float)(target_grad(in.logps[row], g, 0, incoming) * slope);
-    int64_t at = 0, block = 0;
+    int32_t* counts = out.counts + row * blocks;
+    int64_t at = 0;
+    memset(counts, 0, blocks * sizeof *counts);
+    auto put = [&](int64_t column, float value) {
+      out.columns[first + at] = (int32_t)column;
+      out.values[first + at++] = value;
+      ++counts[column / kBlockColumns];
+    };
     bool placed = false;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t column = s.columns[i];
       if (column == target || bin_of(s.p[i]) < bin) continue;
       if (at + 2 > out.most) return false;
       if (column > target && !placed) {
-        put(row, at++, target, at_target, block);
+        put(target, at_target);
         placed = true;
       }
-      put(row, at++, column, (float)-g * s.p[i] * s.raw[i], block);
+      put(column, (float)-g * s.p[i] * s.raw[i]);
     }
-    if (!placed) put(row, at++, target, at_target, block);
-    for (int32_t* starts = out.starts + row * (blocks + 1); block <= blocks; ++block) starts[block] = (int32_t)at;
+    if (!placed) put(target, at_target);
     return true;
   }
 
+  bool leave_dense(int64_t row) const {
+    int32_t* counts = out.counts + row * column_blocks(rows.vocab);
+    memset(counts, 0, column_blocks(rows.vocab) * sizeof *counts);
+    *counts = -1;
+    return false;
+  }
+
   // Whether the row became sparse.
-  bool select(int64_t row, Scratch& s, float* skipped) const {
+  bool select(int64_t row, Scratch& s) const {
     const double allowed = in.allowed[row], p = std::exp((double)in.logps[row]), inv_sum = in.stats[2 * row + 1];
-    int32_t* first = out.starts + row * (column_blocks(rows.vocab) + 1);
-    *first = -1;
-    *skipped = 0;
+    out.skipped[row] = 0;
     if (!(allowed >= 0) || !std::isfinite(in.grads[row]) || !std::isfinite(in.logps[row]) || !(inv_sum > 0) ||
         !std::isfinite(inv_sum) || !std::isfinite(in.stats[2 * row]))
-      return false;
+      return leave_dense(row);
     double kept = 0;
     int64_t n = 0;
     int bin = kBins;
     const double needed = 1 - p - allowed + error;
     if (needed > 0 && allowed < 1) bin = find_cut(row, needed, allowed, s, &n, &kept);
-    if (bin < 0 || !write(row, bin, n, s)) {
-      *first = -1;
-      return false;
-    }
-    *skipped = (float)std::max(0.0, 1 - p - kept);
+    if (bin < 0 || !write(row, bin, n, s)) return leave_dense(row);
+    out.skipped[row] = (float)std::max(0.0, 1 - p - kept);
     return true;
   }
 };
@@ -192,16 +201,10 @@ int this_thread() {
 #endif
 }
 
-int32_t block_start(const SparseRows& rows, int64_t row, int64_t block) {
-  return rows.starts[row * (column_blocks(rows.vocab) + 1) + block];
-}
-
-bool is_dense(const SparseRows& rows, int64_t row) { return block_start(rows, row, 0) < 0; }
-
 }  // namespace
 
-bool select_sparse(const RowKernels& isa, const Rows& given, const SparseInput& in, int threads, const SparseRows& out,
-                   float* skipped) {
+bool select_sparse(const RowKernels& isa, const Rows& given, const SparseInput& in, int threads,
+                   const SelectedRows& out) {
   const CpuRows rows(given, isa);
   const RowSelection selection = {rows, sparse_kernels(isa), in, out,
                                   rows.logit_type == kFloat32 ? kMassError : kHalfMassError};
@@ -212,42 +215,71 @@ bool select_sparse(const RowKernels& isa, const Rows& given, const SparseInput& 
   for (int t = 0; t < threads; ++t) scratch.emplace_back(rows.vocab);
   int64_t looked_at = 0, dense = 0;
   for (int64_t row = step / 2; row < rows.n_rows; row += step, ++looked_at)
-    dense += !selection.select(row, scratch[0], skipped + row);
+    dense += !selection.select(row, scratch[0]);
   if (2 * dense > looked_at) return false;
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
 #endif
-  for (int64_t row = 0; row < rows.n_rows; ++row) selection.select(row, scratch[this_thread()], skipped + row);
+  for (int64_t row = 0; row < rows.n_rows; ++row) selection.select(row, scratch[this_thread()]);
   return true;
+}
+
+int64_t count_entries(const SelectedRows& rows) {
+  const int64_t blocks = column_blocks(rows.vocab);
+  int64_t total = 0;
+  for (int64_t row = 0; row < rows.n_rows; ++row)
+    for (int64_t b = 0; b < blocks; ++b) total += std::max(rows.counts[row * blocks + b], 0);
+  return total;
+}
+
+void pack_sparse(const SelectedRows& rows, int threads, const SparseRows& out) {
+  const int64_t blocks = column_blocks(rows.vocab), n_rows = rows.n_rows;
+  int64_t total = 0;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t row = 0; row < n_rows; ++row) {
+      out.positions[b * n_rows + row] = total;
+      total += std::max(rows.counts[row * blocks + b], 0);
+    }
+  out.positions[blocks * n_rows] = total;
+  [[maybe_unused]] const int n_threads = team(threads);
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
+#endif
+  for (int64_t row = 0; row < n_rows; ++row) {
+    int64_t from = row * rows.most;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t to = out.positions[b * n_rows + row], size = std::max(rows.counts[row * blocks + b], 0);
+      for (int64_t i = 0; i < size; ++i) {
+        out.columns[to + i] = rows.columns[from + i];
+        out.values[to + i] = rows.values[from + i];
+      }
+      from += size;
+    }
+  }
 }
 
 void sparse_times_table(const RowKernels& isa, const SparseRows& rows, int logit_type, const void* table,
                         int64_t stride, int64_t width, int threads, float* out) {
-  // as many of a block's columns as stay in a second-level cache with the rows of `out`
-  constexpr int64_t kTogether = 4;
   const auto gather = sparse_kernels(isa).gather[logit_type];
-  const int64_t blocks = column_blocks(rows.vocab);
+  const int64_t blocks = column_blocks(rows.vocab), n_rows = rows.n_rows;
   threads = team(threads);
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
 #endif
-  for (int t = 0; t < threads; ++t)
-    for (int64_t block = 0; block < blocks; block += kTogether)
-      for (int64_t row = t; row < rows.n_rows; row += threads) {
-        float* sum = out + row * width;
-        if (block == 0) memset(sum, 0, width * sizeof(float));
-        if (is_dense(rows, row)) continue;
-        const int64_t start = block_start(rows, row, block);
-        const int64_t end = block_start(rows, row, std::min(block + kTogether, blocks));
+  for (int t = 0; t < threads; ++t) {
+    for (int64_t row = t; row < n_rows; row += threads) memset(out + row * width, 0, width * sizeof(float));
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t row = t; row < n_rows; row += threads) {
+        const int64_t start = rows.positions[block * n_rows + row], end = rows.positions[block * n_rows + row + 1];
         if (end > start)
-          gather(rows.columns + row * rows.most + start, rows.values + row * rows.most + start, end - start, table,
-                 stride, width, sum, true);
+          gather(rows.columns + start, rows.values + start, end - start, table, stride, width, out + row * width, kAdd);
       }
+  }
 }
 
 namespace {
 
-// The entries of a block of columns, by column: those of column c lie from ends[c] - count to ends[c].
+// The entries of a block of columns, by column: those of column c end at ends[c].
 struct BlockByColumn {
   std::unique_ptr<int32_t[]> row;
   std::unique_ptr<float[]> value;
@@ -257,34 +289,22 @@ struct BlockByColumn {
   // A counting sort: entries of a column stay in the order of rows.
   void sort(const SparseRows& rows, int64_t block) {
     memset(ends, 0, sizeof ends);
-    const int64_t base = block * kBlockColumns;
-    for_entries(rows, block, [&](int64_t, int64_t column, float) { ++ends[column - base + 1]; });
+    const int64_t base = block * kBlockColumns, *positions = rows.positions + block * rows.n_rows;
+    for (int64_t i = positions[0]; i < positions[rows.n_rows]; ++i) ++ends[rows.columns[i] - base + 1];
     for (int64_t c = 0; c < kBlockColumns; ++c) ends[c + 1] += ends[c];
-    for_entries(rows, block, [&](int64_t n, int64_t column, float x) {
-      const int32_t at = ends[column - base]++;
-      row[at] = (int32_t)n;
-      value[at] = x;
-    });
-  }
-
-  template <class Work>
-  static void for_entries(const SparseRows& rows, int64_t block, const Work& work) {
-    for (int64_t n = 0; n < rows.n_rows; ++n) {
-      if (is_dense(rows, n)) continue;
-      const int64_t first = n * rows.most, end = first + block_start(rows, n, block + 1);
-      for (int64_t i = first + block_start(rows, n, block); i < end; ++i) work(n, rows.columns[i], rows.values[i]);
-    }
+    for (int64_t n = 0; n < rows.n_rows; ++n)
+      for (int64_t i = positions[n]; i < positions[n + 1]; ++i) {
+        const int32_t at = ends[rows.columns[i] - base]++;
+        row[at] = (int32_t)n;
+        value[at] = rows.values[i];
+      }
   }
 };
 
 int64_t largest_block(const SparseRows& rows) {
   int64_t most = 0;
-  for (int64_t block = 0; block < column_blocks(rows.vocab); ++block) {
-    int64_t size = 0;
-    for (int64_t n = 0; n < rows.n_rows; ++n)
-      if (!is_dense(rows, n)) size += block_start(rows, n, block + 1) - block_start(rows, n, block);
-    most = std::max(most, size);
-  }
+  for (int64_t block = 0; block < column_blocks(rows.vocab); ++block)
+    most = std::max(most, rows.positions[(block + 1) * rows.n_rows] - rows.positions[block * rows.n_rows]);
   return most;
 }
 
@@ -293,7 +313,9 @@ int64_t largest_block(const SparseRows& rows) {
 void sparse_transposed_times_table(const RowKernels& isa, const SparseRows& rows, int logit_type, const void* table,
                                    int64_t stride, int64_t width, bool add, int threads, float* out) {
   const auto gather = sparse_kernels(isa).gather[logit_type];
-  const int64_t blocks = column_blocks(rows.vocab), most = largest_block(rows);
+  const int64_t blocks = column_blocks(rows.vocab), most = largest_block(rows), bytes = width * sizeof(float);
+  const bool stream = rows.vocab * bytes > kStreamBytes;
+  const GatherInto into = add ? kAdd : stream ? kStream : kWrite;
   threads = team(threads);
   std::vector<BlockByColumn> scratch;
   scratch.reserve(threads);
@@ -309,9 +331,11 @@ void sparse_transposed_times_table(const RowKernels& isa, const SparseRows& rows
       const int64_t end = entries.ends[c];
       float* sum = out + (base + c) * width;
       if (end > start)
-        gather(&entries.row[start], &entries.value[start], end - start, table, stride, width, sum, add);
-      else if (!add)
-        memset(sum, 0, width * sizeof(float));
+        gather(&entries.row[start], &entries.value[start], end - start, table, stride, width, sum, into);
+      else if (into == kStream)
+        stream_zeros((char*)sum, bytes);
+      else if (into == kWrite)
+        memset(sum, 0, bytes);
       start = end;
     }
   }
@@ -326,7 +350,8 @@ void sparse_column_sums(const SparseRows& rows, bool add, int threads, float* ou
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t base = block * kBlockColumns, columns = std::min(kBlockColumns, rows.vocab - base);
     if (!add) memset(out + base, 0, columns * sizeof(float));
-    BlockByColumn::for_entries(rows, block, [&](int64_t, int64_t column, float x) { out[column] += x; });
+    for (int64_t i = rows.positions[block * rows.n_rows]; i < rows.positions[(block + 1) * rows.n_rows]; ++i)
+      out[rows.columns[i]] += rows.values[i];
   }
 }
 

@@ -9,10 +9,10 @@
 //    logits is one comparison. What that difference loses to rounding (kMassError) is taken off the allowance.
 // b) The cut is found on a histogram of p by exponent and its next bits, over candidates whose bound is loosened until
 //    they hold enough mass. It depends on the row alone.
-// c) Rows that would keep too much (flat ones), or whose numbers are not finite, are left dense: `starts` says so and the
+// c) Rows that would keep too much (flat ones), or whose numbers are not finite, are left dense: `counts` says so and the
 //    caller takes them through the dense product.
-// d) Entries lie in the order of columns, and `starts` holds where each block of columns begins: a block of the head, or
-//    of its gradient, stays in the second-level cache while all rows use it.
+// d) The products take entries by blocks of columns: a block of the head, or of its gradient, stays in the second-level
+//    cache while all rows use it. Entries are packed in that order, or every visit of a row would cost pages.
 // e) Sums over entries are float32, in the order of columns (dHidden) and of rows (dWeight), whatever the threads.
 #pragma once
 
@@ -29,6 +29,9 @@ constexpr int64_t kCandidateSlack = 64;
 
 inline int64_t column_blocks(int64_t vocab) { return (vocab + kBlockColumns - 1) / kBlockColumns; }
 
+// What becomes of the sums: added to what is there, written, or written past the caches.
+enum GatherInto { kAdd, kWrite, kStream };
+
 // The functions of one instruction set. Of types they exist for float32, bfloat16 and float16 (null for float64).
 struct SparseKernels {
   const char* isa;
@@ -38,21 +41,29 @@ struct SparseKernels {
   // p and dz/dx of n raw logits; p may not be `x`, slopes may. half: the shorter exponential, as the row kernels take it.
   void (*probabilities[kTransformKinds])(const float* x, int64_t n, const LogitTransform& transform, double shift,
                                          double inv_sum, bool half, float* p, float* slopes);
-  // out[0, width) = (add: out +) sum_i values[i] * table[index[i]], rows of a table of `stride` elements.
+  // out[0, width) = (kAdd: out +) sum_i values[i] * table[index[i]], rows of a table of `stride` elements.
   void (*gather[kLogitTypes])(const int32_t* index, const float* values, int64_t n, const void* table, int64_t stride,
-                              int64_t width, float* out, bool add);
+                              int64_t width, float* out, GatherInto into);
 };
 
 // Those of a set of row kernels.
 const SparseKernels& sparse_kernels(const RowKernels& isa);
 
-// Sparse rows in slots of `most` entries; row n's are at n * most. starts[n * (blocks + 1) + b]: how many lie before block
-// b of columns, the last one all of them; -1 in a dense row's first.
-struct SparseRows {
+// Rows as selection leaves them, in slots of `most` entries, each in the order of columns.
+struct SelectedRows {
   int32_t* columns;  // [rows, most]
   float* values;     // [rows, most]
-  int32_t* starts;   // [rows, blocks + 1]
+  int32_t* counts;   // [rows, blocks]: entries in each block of columns; -1 in a dense row's first
+  float* skipped;    // [rows]: the mass that each row leaves out
   int64_t n_rows, vocab, most;
+};
+
+// The same packed: block after block, in each row after row.
+struct SparseRows {
+  int32_t* columns;    // [entries]
+  float* values;       // [entries]
+  int64_t* positions;  // [blocks * rows + 1]: where block b's entries of row n begin, at b * rows + n
+  int64_t n_rows, vocab;
 };
 
 // What selection reads beside the logits, which have one target a row, all of them kept.
@@ -63,10 +74,15 @@ struct SparseInput {
   const float* allowed;  // [rows], the mass that a row may skip; 1 or more: all but the target, below 0: the row is dense
 };
 
-// Fills `out` and skipped [rows], the mass that each row leaves out (0: dense). False, with nothing promised about `out`:
-// of some rows looked at first most are dense, so that all may as well be.
-bool select_sparse(const RowKernels& isa, const Rows& rows, const SparseInput& in, int threads, const SparseRows& out,
-                   float* skipped);
+// Fills `out`. False, with nothing promised about it: of some rows looked at first most are dense, so that all may as
+// well be.
+bool select_sparse(const RowKernels& isa, const Rows& rows, const SparseInput& in, int threads, const SelectedRows& out);
+
+// How many entries there are.
+int64_t count_entries(const SelectedRows& rows);
+
+// Fills `out`, which has room for them.
+void pack_sparse(const SelectedRows& rows, int threads, const SparseRows& out);
 
 // out [rows, width] = rows @ table [vocab, width] (type `logit_type`, rows of `stride` elements); dense rows get 0.
 void sparse_times_table(const RowKernels& isa, const SparseRows& rows, int logit_type, const void* table,
