@@ -68,16 +68,17 @@ DPO_FAST_HD void merge_parts(RowPart& part, RowPart next, double unit) {
   }
 }
 
-// The per-token statistics beside the log-prob: the name, and whether it takes more of a RowPart than shift and sum.
-#define DPO_FAST_STATISTICS(X) \
-  X(entropy, true)             \
-  X(mean_logits, true)         \
-  X(is_top1, true)             \
-  X(log_sum_sq_probs, true)    \
-  X(lse, false)
+// The per-token statistics beside the log-prob: the name, whether it takes more of a RowPart than shift and sum, and
+// whether it has a gradient.
+#define DPO_FAST_STATISTICS(X)     \
+  X(entropy, true, true)           \
+  X(mean_logits, true, false)      \
+  X(is_top1, true, false)          \
+  X(log_sum_sq_probs, true, false) \
+  X(lse, false, true)
 
 enum Statistic {
-#define DPO_FAST_STATISTIC(name, extras) kStatistic_##name,
+#define DPO_FAST_STATISTIC(name, extras, has_gradient) kStatistic_##name,
   DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
 #undef DPO_FAST_STATISTIC
       kStatistics
@@ -85,7 +86,7 @@ enum Statistic {
 
 DPO_FAST_HD const char* statistic_name(int statistic) {
   switch (statistic) {
-#define DPO_FAST_STATISTIC(name, extras) \
+#define DPO_FAST_STATISTIC(name, extras, has_gradient) \
   case kStatistic_##name: return #name;
     DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
 #undef DPO_FAST_STATISTIC
@@ -95,8 +96,18 @@ DPO_FAST_HD const char* statistic_name(int statistic) {
 
 DPO_FAST_HD bool statistic_takes_extras(int statistic) {
   switch (statistic) {
-#define DPO_FAST_STATISTIC(name, extras) \
+#define DPO_FAST_STATISTIC(name, extras, has_gradient) \
   case kStatistic_##name: return extras;
+    DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
+#undef DPO_FAST_STATISTIC
+    default: return false;
+  }
+}
+
+DPO_FAST_HD bool statistic_has_gradient(int statistic) {
+  switch (statistic) {
+#define DPO_FAST_STATISTIC(name, extras, has_gradient) \
+  case kStatistic_##name: return has_gradient;
     DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
 #undef DPO_FAST_STATISTIC
     default: return false;

@@ -36,6 +36,52 @@ struct Rows {
   int32_t weights_double;  // weights are float64, else float32
 };
 
+// The options of the logits, in the order of LogitOptions in dpo_fast/_checks.py: the name, whether it is a whole
+// number, and where in Rows it is.
+#define DPO_FAST_LOGIT_OPTIONS(X)                    \
+  X(ignore_index, true, ignore_index)                \
+  X(temperature, false, transform.temperature)       \
+  X(logit_scale, false, transform.logit_scale)       \
+  X(softcap, false, transform.softcap) /* 0: none */ \
+  X(valid_vocab, true, vocab)          /* 0: width */
+
+enum LogitOption {
+#define DPO_FAST_OPTION(name, is_whole, place) kLogitOption_##name,
+  DPO_FAST_LOGIT_OPTIONS(DPO_FAST_OPTION)
+#undef DPO_FAST_OPTION
+      kLogitOptions
+};
+
+DPO_FAST_HD const char* logit_option_name(int option) {
+  switch (option) {
+#define DPO_FAST_OPTION(name, is_whole, place) \
+  case kLogitOption_##name: return #name;
+    DPO_FAST_LOGIT_OPTIONS(DPO_FAST_OPTION)
+#undef DPO_FAST_OPTION
+    default: return "";
+  }
+}
+
+DPO_FAST_HD bool logit_option_is_whole(int option) {
+  switch (option) {
+#define DPO_FAST_OPTION(name, is_whole, place) \
+  case kLogitOption_##name: return is_whole;
+    DPO_FAST_LOGIT_OPTIONS(DPO_FAST_OPTION)
+#undef DPO_FAST_OPTION
+    default: return false;
+  }
+}
+
+// One of the two values is the option's, by `logit_option_is_whole`.
+DPO_FAST_HD void set_logit_option(Rows& rows, int option, int64_t whole, double number) {
+  switch (option) {
+#define DPO_FAST_OPTION(name, is_whole, place) \
+  case kLogitOption_##name: rows.place = is_whole ? (decltype(rows.place))whole : (decltype(rows.place))number; break;
+    DPO_FAST_LOGIT_OPTIONS(DPO_FAST_OPTION)
+#undef DPO_FAST_OPTION
+  }
+}
+
 // The results of forward for each row; null where not wanted.
 struct TokenArrays {
   void* logps;                    // [rows, n_targets]
@@ -74,12 +120,11 @@ struct Losses {
 
 // Incoming gradients.
 struct Grads {
-  const void* token_logps;  // [rows, n_targets]
-  const void* entropy;      // [rows]
-  const void* lse;          // [rows]
-  const void* seq_logps;    // [n_seqs]
-  const void* loss;         // []
-  const void* losses;       // [n_pairs]
+  const void* token_logps;              // [rows, n_targets]
+  const void* statistics[kStatistics];  // [rows], of those that have a gradient
+  const void* seq_logps;                // [n_seqs]
+  const void* loss;                     // []
+  const void* losses;                   // [n_pairs]
 };
 
 // Where the gradient of the logits goes: their own memory, or a tensor of the same shape and type.
@@ -151,8 +196,10 @@ DPO_FAST_HD RowIncoming row_incoming(const Rows& rows, const Grads& grads, int64
     in.logps += g;
     in.any = in.any || g != 0;
   }
-  if (grads.entropy) in.entropy = load_number(grads.entropy, row, is_wide(rows));
-  if (grads.lse) in.lse = load_number(grads.lse, row, is_wide(rows));
+  const void* entropy = grads.statistics[kStatistic_entropy];
+  const void* lse = grads.statistics[kStatistic_lse];
+  if (entropy) in.entropy = load_number(entropy, row, is_wide(rows));
+  if (lse) in.lse = load_number(lse, row, is_wide(rows));
   in.any = in.any || in.entropy != 0 || in.lse != 0;
   return in;
 }

@@ -23,11 +23,7 @@ class KernelRows(NamedTuple):
     row_stride: int
     vocab_stride: int
     n_targets: int
-    ignore_index: int
-    temperature: float
-    logit_scale: float
-    softcap: float  # 0: none
-    valid_vocab: int  # columns that count, the rest is minus infinity; 0: all
+    options: tuple[float, ...]  # LogitOptions, in the order of `_cpu.logit_options()`
     logits: Address
     targets: Address  # [rows, n_targets]
     row_mask: Address  # uint8 [rows]; None: every row counts
@@ -80,8 +76,7 @@ class KernelGrads(NamedTuple):
     """Incoming gradients; None: none."""
 
     token_logps: Address  # [rows, n_targets]
-    entropy: Address  # [rows]
-    lse: Address  # [rows]
+    statistics: tuple[Address, ...]  # [rows] each, in the order of `_cpu.token_statistics()`; empty: none
     seq_logps: Address  # [n_seqs]
     loss: Address  # []
     losses: Address  # [n_pairs]

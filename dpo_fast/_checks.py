@@ -30,7 +30,8 @@ STATISTICS = (
     Statistic("log_sum_sq_probs"),
     Statistic("lse", differentiable=True),
 )
-TOKEN_OUTPUTS = ("logps", *(statistic.name for statistic in STATISTICS))
+_STATISTIC_NAMES = tuple(statistic.name for statistic in STATISTICS)
+TOKEN_OUTPUTS = ("logps", *_STATISTIC_NAMES)
 # A set of statistics is a number: the sum of these bits.
 STATISTIC_BITS = {statistic.name: 1 << i for i, statistic in enumerate(STATISTICS)}
 
@@ -173,7 +174,7 @@ def logit_options(
     softcap: float | None = None,
     valid_vocab: int | None = None,
 ) -> LogitOptions:
-    """Checks the options of LogitKeywords; whether valid_vocab fits is for `check_vocab` to say."""
+    """Checks the options of LogitKeywords; whether they fit the columns is for `check_options` to say."""
     return LogitOptions(
         integer("ignore_index", ignore_index),
         number("temperature", temperature),
@@ -201,12 +202,12 @@ def refuse_unknown(function: str, unknown: Iterable[str], known: Iterable[str]) 
 def split_logit_keywords(options: Any) -> LogitOptions:
     """Takes the options of LogitKeywords out of a function's keywords, checked."""
     if not options:
-        return _DEFAULT_LOGIT_OPTIONS
+        return DEFAULT_LOGIT_OPTIONS
     return logit_options(**{name: options.pop(name) for name in _LOGIT_KEYWORDS if name in options})
 
 
 _LOGIT_KEYWORDS = tuple(LogitKeywords.__annotations__)
-_DEFAULT_LOGIT_OPTIONS = LogitOptions()
+DEFAULT_LOGIT_OPTIONS = LogitOptions()
 
 
 def only_logit_keywords(function: str, options: Any) -> LogitOptions:
@@ -216,10 +217,10 @@ def only_logit_keywords(function: str, options: Any) -> LogitOptions:
     return found
 
 
-def check_vocab(options: LogitOptions, vocab: int) -> None:
-    """Raises ValueError where valid_vocab is larger than the vocabulary."""
-    if options.valid_vocab > vocab:
-        raise ValueError(f"valid_vocab must be at most the number of columns, {vocab}, found {options.valid_vocab}")
+def check_options(options: LogitOptions, width: int) -> None:
+    """Raises ValueError where the options do not fit the number of columns."""
+    if options.valid_vocab > width:
+        raise ValueError(f"valid_vocab must be at most the number of columns, {width}, found {options.valid_vocab}")
 
 
 def check_reduction(reduction: str) -> None:
@@ -250,6 +251,11 @@ def wanted_statistics(outputs: Sequence[str]) -> int:
 def named_statistics(wanted: int) -> tuple[Statistic, ...]:
     """The statistics of a sum of STATISTIC_BITS, in order."""
     return tuple(statistic for statistic in STATISTICS if STATISTIC_BITS[statistic.name] & wanted)
+
+
+def of_statistic(name: str, values: Sequence[Any]) -> Any:
+    """The one of this name among the values of all statistics, None where there are none."""
+    return values[_STATISTIC_NAMES.index(name)] if values else None
 
 
 def statistic(name: str, wanted: int, values: Sequence[Any]) -> Any:

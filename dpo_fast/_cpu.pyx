@@ -273,7 +273,7 @@ def backward(object rows, object seqs, object pairs, int threads, object saved, 
         n_pairs = p.n_pairs
         pair_derivatives = <const double*>required(pair_grads, n_pairs, "pair_grads")
     cdef Grads incoming = parse_grads(grads, &r, n_seqs, n_pairs)
-    if incoming.entropy != NULL:
+    if incoming.statistics[kStatistic_entropy] != NULL:
         tokens.statistics[kStatistic_entropy] = <void*>required(entropy, r.n_rows, "entropy")
     with nogil:
         status = c_backward(
@@ -317,10 +317,9 @@ def preference_backward(
     """
     cdef Pairs p = parse_pairs(pairs, n_seqs)
     cdef const double* derivatives = <const double*>required(pair_grads, p.n_pairs, "pair_grads")
-    cdef Grads grads
+    cdef Grads grads = no_grads()
     cdef void* out = <void*>required(grad_logps, n_seqs, "grad_logps")
     cdef BatchStatus status
-    grads.token_logps = grads.entropy = grads.lse = grads.seq_logps = NULL
     grads.loss = <const void*>optional(grad_loss, 1, "grad_loss")
     grads.losses = <const void*>optional(grad_losses, p.n_pairs, "grad_losses")
     with nogil:

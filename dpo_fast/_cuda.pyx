@@ -270,7 +270,7 @@ def backward(rows, seqs, pairs, place, scratch, saved, grads, out):
         p = parse_sorted_pairs(pairs, n_seqs)
         pair_derivatives = <const double*>required(pair_grads, n_pairs, "pair_grads")
         memory = <double*>parse_scratch(scratch, 8 * n_seqs)
-    if incoming.entropy != NULL:
+    if incoming.statistics[kStatistic_entropy] != NULL:
         tokens.statistics[kStatistic_entropy] = <void*>required(entropy, r.n_rows, "entropy")
     with at:
         check(dpo_fast_backward(
@@ -314,10 +314,9 @@ def preference_backward(
     """
     cdef Pairs p = parse_sorted_pairs(pairs, n_seqs)
     cdef const double* derivatives = <const double*>required(pair_grads, p.n_pairs, "pair_grads")
-    cdef Grads grads
+    cdef Grads grads = no_grads()
     cdef void* out = <void*>required(grad_logps, n_seqs, "grad_logps")
     cdef _Place at = _Place(place)
-    grads.token_logps = grads.entropy = grads.lse = grads.seq_logps = NULL
     grads.loss = <const void*>optional(grad_loss, 1, "grad_loss")
     grads.losses = <const void*>optional(grad_losses, p.n_pairs, "grad_losses")
     with at:

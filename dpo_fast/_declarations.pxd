@@ -6,27 +6,25 @@ from libc.stdint cimport int32_t, int64_t, uint8_t
 
 cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
     const int kLogitTypes, kStatistics, kLossParameters, kPairNumbers, kMaxLossTerms, kLossTypes
-    const int kDivergences
-    const int kFloat64
+    const int kDivergences, kLogitOptions, kFloat64
     const int kStatistic_entropy, kStatistic_log_sum_sq_probs
 
+    const char* logit_option_name(int)
+    bint logit_option_is_whole(int)
     const char* statistic_name(int)
+    bint statistic_has_gradient(int)
     const char* loss_parameter_name(int)
     const char* pair_number_name(int)
     const char* loss_name(int)
     int loss_flags(int)
-
-    cdef struct LogitTransform:
-        double logit_scale, temperature, softcap
 
     cdef struct Rows:
         const void* logits
         const int64_t* targets
         const uint8_t* row_mask
         const void* weights
-        LogitTransform transform
         int64_t seq_stride, row_stride, vocab_stride
-        int64_t rows_per_seq, n_rows, n_targets, width, vocab, ignore_index
+        int64_t rows_per_seq, n_rows, n_targets, width, vocab
         int32_t logit_type, weights_double
 
     cdef struct TokenArrays:
@@ -57,8 +55,7 @@ cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
 
     cdef struct Grads:
         const void* token_logps
-        const void* entropy
-        const void* lse
+        const void** statistics  # an array of kStatistics
         const void* seq_logps
         const void* loss
         const void* losses
@@ -75,6 +72,7 @@ cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
         double baseline
         bint average
 
+    void set_logit_option(Rows&, int, int64_t, double)
     void set_loss_parameter(LossOptions&, int, double)
     bint reads_lengths(const LossOptions&)
     int64_t seq_bound(const Sequences&, int64_t)

@@ -95,7 +95,7 @@ class Rows:
         if logits.dtype.name not in LOGIT_TYPES:
             raise TypeError(f"{name} must be one of {', '.join(LOGIT_TYPES)}, found {logits.dtype}")
         _checks.check_logits_shape(logits.shape, name)
-        _checks.check_vocab(options, logits.shape[-1])
+        _checks.check_options(options, logits.shape[-1])
         if any(stride % logits.itemsize for stride in logits.strides):
             raise ValueError(f"{name} must have strides of whole elements, found {logits.strides} bytes")
         if not logits.dtype.isnative or not logits.flags.aligned:
@@ -125,7 +125,7 @@ class Rows:
             strides[-2],
             strides[-1],
             self.targets.shape[-1] if self.targets.ndim == self.logits.ndim else 1,
-            *self.options,
+            self.options,
             address(self.logits),
             address(self.targets),
             address(self.row_mask),
@@ -183,7 +183,11 @@ class Rows:
             pairs,
             get_num_threads(),
             KernelSaved(address(saved[0]), address(saved[1]), address(saved_entropy), address(pair_grads)),
-            KernelGrads(*[address(grads.get(name)) for name in KernelGrads._fields]),
+            KernelGrads(
+                address(grads.get("token_logps")),
+                tuple([address(grads.get(each.name)) for each in STATISTICS]),
+                *[address(grads.get(name)) for name in KernelGrads._fields[2:]],
+            ),
             KernelOut(address(grad), strides[0] if grad.ndim == 3 else 0, strides[-2], strides[-1]),
         )
         return grad

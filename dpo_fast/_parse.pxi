@@ -40,9 +40,18 @@ cdef tuple fields(object arguments, str name):
 cdef Rows parse_rows(object arguments) except *:
     cdef Rows rows
     cdef int64_t n_seqs
+    cdef tuple each
+    cdef int i
     (rows.logit_type, n_seqs, rows.rows_per_seq, rows.width, rows.seq_stride, rows.row_stride, rows.vocab_stride,
-     rows.n_targets, rows.ignore_index, rows.transform.temperature, rows.transform.logit_scale, rows.transform.softcap,
-     rows.vocab, logits, targets, row_mask, weights, rows.weights_double) = fields(arguments, "rows")
+     rows.n_targets, options, logits, targets, row_mask, weights, rows.weights_double) = fields(arguments, "rows")
+    each = fields(options, "options")
+    if len(each) != kLogitOptions:
+        raise ValueError(f"logits have {kLogitOptions} options, {list(logit_options())}, found {len(each)}")
+    for i in range(kLogitOptions):
+        if logit_option_is_whole(i):
+            set_logit_option(rows, i, each[i], 0)
+        else:
+            set_logit_option(rows, i, 0, each[i])
     if not 0 <= rows.logit_type < kLogitTypes:
         raise ValueError(f"there is no type of logits number {rows.logit_type}")
     if rows.vocab == 0:
@@ -150,17 +159,34 @@ cdef Losses parse_losses(object arguments, int64_t n_pairs) except *:
     return out
 
 
+cdef Grads no_grads() noexcept:
+    cdef Grads grads
+    cdef int i
+    grads.token_logps = grads.seq_logps = grads.loss = grads.losses = NULL
+    for i in range(kStatistics):
+        grads.statistics[i] = NULL
+    return grads
+
+
 cdef Grads parse_grads(object arguments, const Rows* rows, int64_t n_seqs, int64_t n_pairs) except *:
     """n_seqs and n_pairs: -1 where there are none."""
-    cdef Grads grads
-    token_logps, entropy, lse, seq_logps, loss, losses = fields(arguments, "grads")
+    cdef Grads grads = no_grads()
+    cdef tuple each
+    cdef int i
+    token_logps, statistics, seq_logps, loss, losses = fields(arguments, "grads")
     if n_seqs < 0 and seq_logps is not None:
         raise ValueError("grad_seq_logps needs seqs")
     if n_pairs < 0 and (loss is not None or losses is not None):
         raise ValueError("grad_loss and grad_losses need seqs and pairs")
     grads.token_logps = <const void*>optional(token_logps, rows.n_rows * rows.n_targets, "grad_token_logps")
-    grads.entropy = <const void*>optional(entropy, rows.n_rows, "grad_entropy")
-    grads.lse = <const void*>optional(lse, rows.n_rows, "grad_lse")
+    each = fields(statistics, "grads of statistics")
+    if len(each) not in (0, kStatistics):
+        raise ValueError(f"a token has {kStatistics} statistics, {list(token_statistics())}, found {len(each)}")
+    for i in range(len(each)):
+        if each[i] is not None:
+            if not statistic_has_gradient(i):
+                raise ValueError(f"{statistic_name(i).decode()} has no gradient")
+            grads.statistics[i] = <const void*>optional(each[i], rows.n_rows, "grad_" + statistic_name(i).decode())
     grads.seq_logps = <const void*>optional(seq_logps, n_seqs, "grad_seq_logps")
     grads.loss = <const void*>optional(loss, 1, "grad_loss")
     grads.losses = <const void*>optional(losses, n_pairs, "grad_losses")
@@ -174,9 +200,19 @@ cdef GradTensor parse_out(object arguments, const Rows* rows) except *:
     return out
 
 
+def logit_options():
+    """Names of the options of the logits, in their order: DPO_FAST_LOGIT_OPTIONS in csrc/sequence_math.h."""
+    return tuple([logit_option_name(i).decode() for i in range(kLogitOptions)])
+
+
 def token_statistics():
     """Names of the per-token statistics, in their order: DPO_FAST_STATISTICS in csrc/row_math.h."""
     return tuple([statistic_name(i).decode() for i in range(kStatistics)])
+
+
+def differentiable_statistics():
+    """Those of them that have a gradient."""
+    return tuple([statistic_name(i).decode() for i in range(kStatistics) if statistic_has_gradient(i)])
 
 
 def loss_parameters():

@@ -43,13 +43,14 @@ from dpo_fast._torch import register  # noqa: F401  (it defines torch.ops.dpo_fa
 from dpo_fast._torch.autograd import LinearDPOLoss, LinearTokenLogps, PreferenceLoss, run, wants_gradient
 from dpo_fast._torch.checks import check_no_grad, check_sequences, plain_tensor, plain_tensors
 from dpo_fast._torch.operators import (
+    DPOForward,
     Head,
     LinearDPOForward,
     LinearTokenForward,
-    Needs,
     PreferenceForward,
     Rows,
     Sequences,
+    TokenForward,
 )
 from dpo_fast._torch.sequences import (
     accurate_type,
@@ -185,10 +186,10 @@ def _tokens(
     with gathered(*_parameters(weight, bias, lora)):
         *tensors, scaling = _prepare(hidden, weight, bias, lora)
         keep = wants_gradient(*tensors)
-        head = Head(None, None, None, None, scaling)  # type: ignore[arg-type]
+        head = Head(None, None, None, None, scaling, budget)  # type: ignore[arg-type]
         # torch.compile's answer above is yes in any case; logits are kept for a backward that really follows
         follows = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        a = LinearTokenForward(head, rows, wanted, budget, follows, compact)
+        a = LinearTokenForward(head, TokenForward(rows, wanted, follows), compact)
         found = run(LinearTokenLogps, keep, *tensors, a)
     names = ("logps", *(each.name for each in named_statistics(wanted)))
     return dict(zip(names, found, strict=True))
@@ -362,8 +363,7 @@ def linear_dpo_loss(
     wpo, compact, wanted = truth("wpo", wpo), truth("compact", compact), loss_statistics(outputs)
     choice = choose(
         keywords, hidden, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,
-        ref_logps if ref_hidden is None else ref_hidden, loss_type=loss_type, label_smoothing=label_smoothing,
-        average=average, wpo=wpo,
+        ref_logps if ref_hidden is None else ref_hidden, loss_type, label_smoothing, average, wpo,
     )  # fmt: skip
     loss, seqs = choice.loss, Sequences(cu_seqlens, choice.loss.options.average)
     rows = Rows(targets, None, token_weights, logit_options)
@@ -397,13 +397,12 @@ def linear_dpo_loss(
     with gathered(*_parameters(weight, bias, lora)):
         *tensors, scaling = _prepare(hidden, weight, bias, lora)
         grad = torch.is_grad_enabled()
-        need = Needs(*[grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
+        needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
         # gradients of "none" and of losses that couple the batch are made in backward
-        early = need if reduction != "none" and not loss.coupled else Needs(*[False] * 5)
-        head = Head(None, None, None, None, scaling)  # type: ignore[arg-type]
-        a = LinearDPOForward(
-            head, rows, seqs, choice.pairs(pairs), ref_logps, wpo, loss.z_loss_weight, all_wanted, budget, early
-        )
+        early = needs if reduction != "none" and not loss.coupled else (False,) * len(needs)
+        head = Head(None, None, None, None, scaling, budget)  # type: ignore[arg-type]
+        dpo = DPOForward(rows, seqs, choice.pairs(pairs), ref_logps, wpo, all_wanted, True)
+        a = LinearDPOForward(head, dpo, loss.z_loss_weight, early)
         found = run(LinearDPOLoss, wants_gradient(*tensors), *tensors, a, bool(outputs))
     out = output(found, choice, pairs)
     kept = kept_rows(targets, logit_options.ignore_index, weights) if outputs else targets

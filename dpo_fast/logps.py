@@ -49,7 +49,7 @@ def token_logps(
         inplace_backward: the backward pass writes the gradient over the logits instead of allocating it. Any later
             use of the logits by autograd then raises. Under torch.compile, which has no such guard, the gradient is
             allocated.
-        options: see `LogitKeywords`: ignore_index, temperature, logit_scale, softcap, valid_vocab.
+        options: how the logits are read, see `LogitKeywords`.
 
     Returns:
         TokenOutput of tensors in the targets' shape: float32 (float64 for float64 logits), is_top1 bool; None where

@@ -103,7 +103,7 @@ def dpo_loss(
             "is_top1", "lse"; no gradient.
         options: see `LossKeywords`: loss_weights, f_divergence, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
             desirable_weight, undesirable_weight, dpop_lambda, length_penalty, margin, z_loss_weight, num_pairs,
-            num_chosen_tokens; and `LogitKeywords`: ignore_index, temperature, logit_scale, softcap, valid_vocab.
+            num_chosen_tokens; and `LogitKeywords`.
 
     Returns:
         DPOOutput: loss [] (or [P] for "none"), losses [P], chosen_rewards and rejected_rewards [P], logps [S];
@@ -118,11 +118,11 @@ def dpo_loss(
         _TENSORS, (logits, targets, ref_logps, ref_logits, pairs, pair_weights, desirable, cu_seqlens, token_weights)
     )
     logit_options, keywords = split_logit_keywords(options), dict(**options)
-    wpo, inplace, wanted = truth("wpo", wpo), truth("inplace_backward", inplace_backward), loss_statistics(outputs)
+    wpo, inplace = truth("wpo", wpo), truth("inplace_backward", inplace_backward)
+    wanted = 0 if outputs == () else loss_statistics(outputs)
     choice = choose(
         keywords, logits, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,
-        ref_logps if ref_logits is None else ref_logits, loss_type=loss_type, label_smoothing=label_smoothing,
-        average=average, wpo=wpo,
+        ref_logps if ref_logits is None else ref_logits, loss_type, label_smoothing, average, wpo,
     )  # fmt: skip
     loss, seqs = choice.loss, Sequences(cu_seqlens, choice.loss.options.average)
     rows = Rows(targets, None, token_weights, logit_options)
@@ -130,11 +130,13 @@ def dpo_loss(
         check_rows(logits, rows)
         n_seqs = check_sequences(logits, rows, seqs)
         choice, pairs = with_pairs(choice, n_seqs, pairs, desirable, logits)
-    looks_at_all = wpo or bool(outputs) or loss.z_loss_weight > 0
-    weights = token_weights_of(
-        loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, logit_options.ignore_index, looks_at_all
-    )
-    rows = rows._replace(token_weights=weights)
+    z_loss, weights = loss.z_loss_weight > 0, token_weights
+    if token_weights is not None or ld_alpha is not None:
+        looks_at_all = wpo or bool(outputs) or z_loss
+        weights = token_weights_of(
+            loss, token_weights, ld_alpha, targets, pairs, cu_seqlens, logit_options.ignore_index, looks_at_all
+        )
+        rows = rows._replace(token_weights=weights)
     if ref_logits is not None:
         if ref_logps is not None:
             raise ValueError("ref_logps and ref_logits exclude each other: give one of them")
@@ -144,7 +146,6 @@ def dpo_loss(
         ref_logps = call(SEQUENCE_FORWARD, ref_logits.detach(), reference).seq_logps
     if ref_logps is not None and ref_logps.requires_grad:
         ref_logps = ref_logps.detach()
-    z_loss = loss.z_loss_weight > 0
     all_wanted, keep = wanted | (STATISTIC_BITS["lse"] if z_loss else 0), wants_gradient(logits)
     a = DPOForward(rows, seqs, choice.pairs(pairs), ref_logps, wpo, all_wanted, keep)
     found = run(DPOLoss, keep, logits, a, inplace_allowed(inplace), bool(outputs) or z_loss)
@@ -199,8 +200,8 @@ def preference_loss(
         names, (logps, ref_logps, pairs, pair_weights, desirable, lengths)
     )
     choice = choose(
-        dict(**options), logps, beta, pair_weights, baseline, reduction, None, ref_logps, loss_type=loss_type,
-        label_smoothing=label_smoothing, average=average,
+        dict(**options), logps, beta, pair_weights, baseline, reduction, None, ref_logps, loss_type, label_smoothing,
+        average,
     )  # fmt: skip
     loss = choice.loss
     loss.check_lengths(lengths is not None)

@@ -56,6 +56,14 @@ def loss_options(
     return numbers, tuple(weights or [1.0] * len(types)), parameters, DIVERGENCES.index(divergence), average
 
 
+def kernel_grads(arrays: dict[str, np.ndarray]) -> KernelGrads:
+    """Incoming gradients by the names of KernelGrads and the statistics."""
+    statistics = tuple(address(arrays.get(name)) for name in STATISTICS)
+    return KernelGrads(
+        address(arrays.get("token_logps")), statistics, *(address(arrays.get(k)) for k in KernelGrads._fields[2:])
+    )
+
+
 class Batch:
     """Logits [S, T, V], or packed [N, V] with cu_seqlens, and everything the kernels write for them."""
 
@@ -84,9 +92,9 @@ class Batch:
         name = "bfloat16" if logits.dtype == np.uint16 else str(logits.dtype)
         self.rows = KernelRows(
             *(LOGIT_TYPES.index(name), S, T, logits.shape[-1], *self.strides),
-            *(targets.shape[-1] if targets.ndim == logits.ndim else 1, ignore_index),
-            *(temperature, logit_scale, softcap, valid_vocab, address(logits), address(targets)),
-            *(address(row_mask), address(token_weights)),
+            targets.shape[-1] if targets.ndim == logits.ndim else 1,
+            (ignore_index, temperature, logit_scale, softcap, valid_vocab),
+            *(address(logits), address(targets), address(row_mask), address(token_weights)),
             token_weights is not None and token_weights.dtype == np.float64,
         )
         self.n_seqs = S if cu_seqlens is None else len(cu_seqlens) - 1
@@ -129,7 +137,7 @@ class Batch:
         return self
 
     def backward(self, inplace: bool = False, **grads: np.ndarray) -> np.ndarray:
-        """The gradient of the logits, as float64; grads by the names of KernelGrads."""
+        """The gradient of the logits, as float64; grads by the names of KernelGrads and the statistics."""
         grad = self.logits if inplace else np.full_like(self.logits, 77)
         strides = [s // grad.itemsize for s in grad.strides]
         arrays = {name: np.ascontiguousarray(g, self.wide) for name, g in grads.items()}
@@ -138,7 +146,7 @@ class Batch:
         _cpu.backward(
             *(self.rows, self.seqs, self.pairs, self.threads),
             KernelSaved(address(self.logps), address(self.stats), entropy, pair_grads),
-            KernelGrads(*(address(arrays.get(name)) for name in KernelGrads._fields)),
+            kernel_grads(arrays),
             KernelOut(address(grad), *(strides if self.logits.ndim == 3 else [0, *strides])),
         )
         return loaded(grad)

@@ -10,7 +10,7 @@ from operator_calls import call
 import dpo_fast
 import dpo_fast.numpy
 from dpo_fast import reference
-from dpo_fast._checks import LogitOptions
+from dpo_fast._checks import STATISTICS, LogitOptions
 from dpo_fast._torch.operators import (
     PREFERENCE_BACKWARD,
     ROWS_BACKWARD,
@@ -227,7 +227,9 @@ def test_operators_called_directly_check_too():
     logps, stats = out[:2]
 
     def backward(saved, **grads):
-        call(ROWS_BACKWARD, X, RowsBackward(rows, seqs, None, 0.0, Saved(*saved), Grads(**grads)))
+        statistics = tuple(grads.pop(each.name, None) for each in STATISTICS)
+        grad = Grads(statistics=statistics, **grads)
+        call(ROWS_BACKWARD, X, RowsBackward(rows, seqs, None, 0.0, Saved(*saved), grad))
 
     for saved, grads in (
         ((logps[:2], stats, None, None, None), {"logps": logps}),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from kernel_calls import LOGIT_TYPES, LOSSES, STATISTICS, Batch, address, loaded, loss_options, pair_arrays, stored
 
-from dpo_fast import _cpu, _reference_losses, reference
+from dpo_fast import _checks, _cpu, _reference_losses, reference
 from dpo_fast._arguments import KernelGrads, KernelLosses, KernelOut, KernelRows, KernelSaved
+from dpo_fast._checks import LogitOptions
 
 pytestmark = pytest.mark.cpu_only
 
@@ -28,7 +29,10 @@ def random_batch(S=4, T=5, V=37, logit_type="float32", seed=0, **options):
 
 
 def test_tables_have_the_names_of_the_interface():
-    assert STATISTICS == ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "lse")
+    assert tuple(each.name for each in _checks.STATISTICS) == STATISTICS
+    differentiable = tuple(each.name for each in _checks.STATISTICS if each.differentiable)
+    assert differentiable == _cpu.differentiable_statistics()
+    assert LogitOptions._fields == _cpu.logit_options()
     assert _cpu.loss_parameters() == (
         *("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "alpha", "desirable_weight", "undesirable_weight"),
         *("tokens_per_pair", "dpop_lambda", "length_penalty"),
@@ -67,7 +71,9 @@ def every_argument():
     def statistics_places(i):
         return {name: (i, k) for k, name in enumerate(STATISTICS)}
 
-    grads = {f"grad_{name}": (5, k) for k, name in enumerate(KernelGrads._fields)}
+    grads = {f"grad_{name}": (5, k) for k, name in enumerate(KernelGrads._fields) if name != "statistics"}
+    has_gradient = [name in _cpu.differentiable_statistics() for name in STATISTICS]
+    grads |= {f"grad_{name}": (5, 1, k) for k, name in enumerate(STATISTICS) if has_gradient[k]}
     saved = {name: (4, k) for k, name in enumerate(KernelSaved._fields) if name != "seq_saved"}
     keep = (b, kept, results, numbers, sequence_wise, grad_logits)
     statistics = tuple(given[2:7])
@@ -94,7 +100,11 @@ def every_argument():
             | loss_places(12),
         ),
         "backward": (
-            [b.rows, b.seqs, pairs, 1, KernelSaved(*given[:4]), KernelGrads(*given[4:10]), out],
+            [
+                *(b.rows, b.seqs, pairs, 1, KernelSaved(*given[:4])),
+                KernelGrads(given[4], tuple(given[5] if has else None for has in has_gradient), *given[6:9]),
+                out,
+            ],
             rows | seqs | pair_places(2) | saved | grads | {"grad_logits": (6, 0)},
         ),
         "preference_forward": (
@@ -162,18 +172,30 @@ def test_arguments_that_do_not_go_together():
     b.loss(loss_options("sigmoid"))
     with pytest.raises(ValueError, match="3 pairs need 6 sequences, found 4"):
         _cpu.preference_backward(b.pairs._replace(n_pairs=3), False, 4, *[address(b.stats)] * 4)
+    no_grads = KernelGrads(None, (), None, None, None)
+    saved = KernelSaved(address(b.logps), address(b.stats), None, None)
+    out = KernelOut(address(b.logits), *b.strides)
+    for k, name in enumerate(STATISTICS):
+        if name not in _cpu.differentiable_statistics():
+            grads = no_grads._replace(statistics=tuple(address(b.logps) if k == i else None for i in range(5)))
+            with pytest.raises(ValueError, match=f"{name} has no gradient"):
+                _cpu.backward(b.rows, None, None, 1, saved, grads, out)
+    with pytest.raises(ValueError, match="a token has 5 statistics"):
+        _cpu.backward(b.rows, None, None, 1, saved, no_grads._replace(statistics=(None,)), out)
+    with pytest.raises(ValueError, match="logits have 5 options"):
+        _cpu.backward(b.rows._replace(options=(0.0,)), None, None, 1, saved, no_grads, out)
     for gradient, message in (
         ("seq_logps", "grad_seq_logps needs seqs"),
         ("loss", "grad_loss"),
         ("losses", "grad_loss"),
     ):
-        grads = KernelGrads(*(address(b.logps) if name == gradient else None for name in KernelGrads._fields))
-        saved = KernelSaved(address(b.logps), address(b.stats), None, None)
+        grads = no_grads._replace(**{gradient: address(b.logps)})
         with pytest.raises(ValueError, match=message):
-            _cpu.backward(b.rows, None, None, 1, saved, grads, KernelOut(address(b.logits), *b.strides))
+            _cpu.backward(b.rows, None, None, 1, saved, grads, out)
     for valid_vocab in (-1, 38):
+        rows = b.rows._replace(options=(*b.rows.options[:-1], valid_vocab))
         with pytest.raises(ValueError, match=r"valid_vocab must be in \[1, 37\]"):
-            _cpu.token_forward(b.rows._replace(valid_vocab=valid_vocab), 1, address(b.logps), None, None)
+            _cpu.token_forward(rows, 1, address(b.logps), None, None)
     with pytest.raises(ValueError, match="statistics"):
         _cpu.token_forward(b.rows, 1, address(b.logps), None, (None,) * 4)
     with pytest.raises(ValueError, match="no type of logits"):

@@ -128,12 +128,13 @@ OUT = KernelOut(1, 5, 5, 1)
 # 1: an address that is not read, because another one is refused first
 LOSSES = KernelLosses(1, 1, 1, 1, 1)
 SAVED = KernelSaved(1, 1, 1, 1, 1)
-NO_GRADS = KernelGrads(*[None] * 6)
+NO_GRADS = KernelGrads(None, (), None, None, None)
 
 
 def some_rows(logits: int | None = 1, targets: int | None = 1, width: int = 5, **others: object) -> KernelRows:
     """Three sequences of one row."""
-    rows = KernelRows(0, 3, 1, width, width, width, 1, 1, -100, 1.0, 1.0, 0.0, 0, logits, targets, None, None, False)
+    options = (-100, 1.0, 1.0, 0.0, 0)
+    rows = KernelRows(0, 3, 1, width, width, width, 1, 1, options, logits, targets, None, None, False)
     return rows._replace(**others)
 
 

@@ -23,12 +23,12 @@ from helpers import (
     random_pairs,
     to_numpy,
 )
-from kernel_calls import LOSSES, loss_options
+from kernel_calls import LOSSES, kernel_grads, loss_options
 from test_kernels import LIMITS
 
 import dpo_fast
 from dpo_fast import _cpu, reference
-from dpo_fast._arguments import KernelGrads, KernelOut, KernelSaved
+from dpo_fast._arguments import KernelOut, KernelSaved
 
 MISSING = list(host.toolchains())
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the CUDA kernels cannot be compiled here: {', '.join(MISSING)}")
@@ -733,7 +733,7 @@ def test_the_binding_takes_what_the_cpu_binding_takes(binding, binding_path, V, 
     kept = KernelSaved(*arrays, address(cuda["entropy"]), address(results["pair_grads"]), address(saved))
     grad = np.full_like(cpu.logits, 77)
     out = KernelOut(address(grad), *cpu.strides)
-    incoming = KernelGrads(*(address(grads[name]) for name in KernelGrads._fields))
+    incoming = kernel_grads(grads)
     binding.backward(*shared, named, place, scratch, kept, incoming, out)
     np.testing.assert_allclose(grad, cpu.backward(**grads), **close)
     # sequences and tokens alone; without statistics and stats

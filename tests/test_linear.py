@@ -24,7 +24,7 @@ from dpo_fast import reference
 from dpo_fast._torch import head as head_module
 from dpo_fast._torch import linear as linear_operators
 from dpo_fast._torch import tiles as tiling
-from dpo_fast._torch.operators import Needs
+from dpo_fast._torch.operators import HEAD_INPUTS
 
 S, T, H, V, R = 4, 9, 16, 507, 3
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ def exact_gradients(problem, grad_logits):
 
 def assert_gradients(found, exact, naive, dtype, budget):
     tiles = S * T if budget == 1 else 4  # at most
-    for name, x, value, other in zip(Needs._fields, found, exact, naive, strict=True):
+    for name, x, value, other in zip(HEAD_INPUTS, found, exact, naive, strict=True):
         assert x.grad.dtype == dtype
         assert_accurate(x.grad, value, other.grad, dtype, name, roundings=tiles)
 
@@ -268,8 +268,8 @@ def test_frozen_inputs_cost_no_product(level, frozen, monkeypatch):
     else:
         dpo_fast.linear_dpo_loss(head.pop("hidden"), head.pop("weight"), problem.targets, **head).loss.backward()
     assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(5)]
-    assert Needs._fields[frozen] not in made
-    assert {"weight", "lora_a", "lora_b"} - {Needs._fields[frozen]} == set(made)
+    assert HEAD_INPUTS[frozen] not in made
+    assert {"weight", "lora_a", "lora_b"} - {HEAD_INPUTS[frozen]} == set(made)
 
 
 def count_products(monkeypatch):

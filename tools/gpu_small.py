@@ -54,7 +54,7 @@ def step(x: Tensor, targets: Tensor, softcap: float, inplace: bool, valid_vocab:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     rows = KernelRows(
-        *(LOGIT_TYPES.index(x.dtype), S, T, V, *strides(x), 1, -100, 1.0, 1.0, softcap, valid_vocab),
+        *(LOGIT_TYPES.index(x.dtype), S, T, V, *strides(x), 1, (-100, 1.0, 1.0, softcap, valid_vocab)),
         *(x.data_ptr(), targets.data_ptr(), None, None, False),
     )
     seqs = KernelSequences(None, True, S, False)
@@ -83,8 +83,9 @@ def step(x: Tensor, targets: Tensor, softcap: float, inplace: bool, valid_vocab:
     saved = KernelSaved(
         *(t.data_ptr() for t in (logps, stats, statistics["entropy"], pair_grads, seq_saved)),
     )
-    only_loss = KernelGrads(None, None, None, None, one.data_ptr(), None)
-    everything = KernelGrads(*[tokens.data_ptr()] * 3, None, one.data_ptr(), each.data_ptr())
+    only_loss = KernelGrads(None, (), None, one.data_ptr(), None)
+    differentiable = tuple(tokens.data_ptr() if name in ("entropy", "lse") else None for name in statistics)
+    everything = KernelGrads(tokens.data_ptr(), differentiable, None, one.data_ptr(), each.data_ptr())
     for grads in [only_loss] if inplace else [everything, only_loss]:
         out = KernelOut(grad.data_ptr(), *strides(grad))
         _cuda.backward(rows, seqs, pairs, place(), scratch.data_ptr(), saved, grads, out)

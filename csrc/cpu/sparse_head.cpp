@@ -112,6 +112,8 @@ struct RowSelection {
       const double raw = raw_logit_of(rows.transform, cut, in.stats[2 * row], in.stats[2 * row + 1]);
       const float bound = std::nextafterf((float)raw, -INFINITY);
       *n = kernels.candidates[rows.logit_type](logits(row), rows.vocab, bound, s.columns.get(), s.raw.get());
+      // those that the row may do without have each more than `cut` of the allowed mass
+      if (*n > out.most + (int64_t)(allowed / cut)) return -1;
       probabilities(row, *n, s.raw.get(), s.p.get(), s.raw.get());
       memset(s.mass, 0, sizeof s.mass);
       for (int64_t i = 0; i < *n; ++i) s.mass[bin_of(s.p[i])] += s.columns[i] == target ? 0 : s.p[i];
@@ -122,7 +124,7 @@ struct RowSelection {
         *kept += s.mass[bin];
         if (*kept >= needed) return bin;
       }
-      if (cut == lowest || *n > out.most) return -1;
+      if (cut == lowest || *n > out.most) return -1;  // all candidates are kept, and more
       cut = std::max(looser_cut(cut, *n, needed + allowed - *kept, allowed), lowest);
     }
   }

@@ -61,7 +61,7 @@ struct PieceGrad {
   // Without kEntropy the compiler knows that there is no gradient of the entropy.
   __device__ static RowIncoming incoming(const BackwardArgs& a, int64_t row) {
     Grads grads = a.grads;
-    if constexpr (!kEntropy) grads.entropy = nullptr;
+    if constexpr (!kEntropy) grads.statistics[kStatistic_entropy] = nullptr;
     return row_incoming(a.rows, grads, row, row_grad_from_seq(a, row));
   }
 
@@ -249,7 +249,8 @@ __global__ void __launch_bounds__(kRowThreads, (kBackwardBlocks<T, kCapped, kEnt
 
 template <class T, bool kCapped>
 int launch_backward(BackwardArgs a, void* stream) {
-  auto* kernel = a.grads.entropy ? backward_kernel<T, kCapped, true> : backward_kernel<T, kCapped, false>;
+  auto* kernel =
+      a.grads.statistics[kStatistic_entropy] ? backward_kernel<T, kCapped, true> : backward_kernel<T, kCapped, false>;
   return launch_all(a.rows.n_rows, [&](int64_t first, unsigned blocks) {
     a.first_row = first;
     return DPO_FAST_LAUNCH(kernel, dim3(blocks, a.pieces.count), kRowThreads, stream, a);

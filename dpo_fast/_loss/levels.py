@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from dpo_fast._loss.options import (
     TINY_WEIGHT,
     Given,
     Loss,
+    LossType,
     PairNumbers,
     choose_loss,
-    remembered_loss,
     split_pair_numbers,
 )
 from dpo_fast._torch.checks import check_device, check_no_grad, check_pair_tensor, plain_tensor
@@ -36,16 +37,16 @@ from dpo_fast.outputs import DPOOutput, TokenOutput
 
 
 class Choice(NamedTuple):
-    """A loss with its numbers of pairs, and the arrays that say what a pair is."""
+    """A loss, and what is one number for each of its pairs."""
 
     loss: Loss
     numbers: PairNumbers
-    baseline: Tensor | None
+    default_pairs: Pairs  # with these numbers
     reduction: str
 
     def pairs(self, pairs: Tensor | None) -> Pairs:
         """As the operators take them."""
-        return Pairs(pairs, self.numbers, self.baseline, self.loss.options, self.loss.divisor)
+        return self.default_pairs if pairs is None else self.default_pairs._replace(pairs=pairs)
 
 
 def choose(
@@ -57,9 +58,19 @@ def choose(
     reduction: str,
     token_weights: Any,
     reference: Any,
-    **names: Any,
+    loss_type: LossType,
+    label_smoothing: float,
+    average: bool | None,
+    wpo: bool = False,
 ) -> Choice:
     """Checks a loss and everything that is one number for each of its pairs."""
+    names = (loss_type, label_smoothing, average, wpo)
+    if not options and pair_weights is None and baseline is None and type(beta) is float and type(loss_type) is str:
+        try:
+            if not torch.compiler.is_compiling():
+                return _remembered_choice(beta, reduction, reference is not None, token_weights is not None, *names)
+        except TypeError:  # a list cannot be remembered, or something is wrong: it is said below
+            pass
     beta_of_pairs = None
     if isinstance(beta, Tensor):
         check_no_grad("beta", beta)
@@ -77,9 +88,20 @@ def choose(
                 numbers = numbers._replace(**{name: plain_tensor(name, tensor)})
                 check_no_grad(name, tensor)
     given = Given.of(reference, baseline, token_weights, numbers)
-    make = choose_loss if torch.compiler.is_compiling() else remembered_loss
-    loss = make(beta=beta, reduction=reduction, given=given, **names, **options)
-    return Choice(loss, numbers, _baseline_tensor(baseline, like), reduction)
+    loss = choose_loss(*names, beta=beta, reduction=reduction, given=given, **options)
+    pairs = Pairs(None, numbers, _baseline_tensor(baseline, like), loss.options, loss.divisor)
+    return Choice(loss, numbers, pairs, reduction)
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _remembered_choice(
+    beta: float, reduction: str, with_reference: bool, with_token_weights: bool, *names: Any
+) -> Choice:
+    """A choice that depends on names and numbers only: small calls gain some time."""
+    given = Given(with_reference, False, with_token_weights)
+    loss = choose_loss(*names, beta=beta, reduction=reduction, given=given)
+    pairs = Pairs(None, NO_NUMBERS, None, loss.options, loss.divisor)
+    return Choice(loss, NO_NUMBERS, pairs, reduction)
 
 
 def _baseline_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
@@ -111,7 +133,8 @@ def with_pairs(
         check_device("pairs", pairs, like, "logits, hidden or logps")
     if beta is not None and beta.dim() == 0:
         n_pairs = check_pair_tensor(pairs, like, n_seqs, loss.num_pairs is not None)
-        choice = choice._replace(numbers=choice.numbers._replace(pair_beta=beta.expand(n_pairs)))
+        numbers = choice.numbers._replace(pair_beta=beta.expand(n_pairs))
+        choice = choice._replace(numbers=numbers, default_pairs=choice.default_pairs._replace(numbers=numbers))
     return choice, pairs
 
 

@@ -7,7 +7,6 @@ batch (sorting) or are a function given by the user: those are in coupled.py.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -299,14 +298,14 @@ def _check_given(given: Given, types: Sequence[Any], flags: int, divergence: int
 
 
 def choose_loss(
-    *,
     loss_type: LossType = "sigmoid",
-    beta: float = 0.1,
     label_smoothing: float = 0.0,
     average: bool | None = None,
+    wpo: bool = False,
+    *,
+    beta: float = 0.1,
     reduction: str = "mean",
     given: Given | None = None,
-    wpo: bool = False,
     loss_weights: Sequence[float] | None = None,
     f_divergence: str = "reverse_kl",
     f_alpha_divergence_coef: float | None = None,
@@ -370,19 +369,6 @@ def choose_loss(
     unpaired = bool(flags & LossFlags.UNPAIRED)
     reads_lengths = bool(flags & LossFlags.LENGTHS) or values["length_penalty"] != 0
     return Loss(options, beta, label_smoothing, z_loss_weight, coupled, unpaired, reads_lengths, divisor, total_pairs)
-
-
-_remembered_loss = functools.lru_cache(maxsize=64, typed=True)(choose_loss)
-
-
-def remembered_loss(loss_type: LossType, given: Given, **options: Any) -> Loss:
-    """`choose_loss`, remembered where everything it depends on is a name or a number: small calls gain some time."""
-    if isinstance(loss_type, str):
-        try:
-            return _remembered_loss(loss_type=loss_type, given=given, **options)
-        except TypeError:  # a list cannot be remembered, or something is wrong: the call below says which
-            pass
-    return choose_loss(loss_type=loss_type, given=given, **options)
 
 
 def tokens_per_pair(options: LossOptions, count: Callable[[], float]) -> LossOptions:

@@ -1,6 +1,11 @@
-"""Tensors as the kernels take them: addresses, sizes and strides, under the names of dpo_fast/_arguments.py."""
+"""Tensors as the kernels take them: addresses, sizes and strides, in the order of dpo_fast/_arguments.py.
+
+What every small call needs is a plain tuple: it takes a third of the time of a NamedTuple to make.
+"""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,39 +58,46 @@ class Addresses:
 
     def rows(self, logits: Tensor, rows: Rows) -> KernelRows:
         """Logits, their targets and options."""
-        shape, strides, targets, weights = logits.shape, logits.stride(), rows.targets, rows.token_weights
+        targets, row_mask, weights, options = rows
         several = logits.dim() == 3
-        return KernelRows(
+        n_seqs, rows_per_seq, width = logits.shape if several else (1, *logits.shape)
+        arguments = (
             LOGIT_TYPES[logits.dtype],
-            shape[0] if several else 1,
-            shape[-2],
-            shape[-1],
-            strides[0] if several else 0,
-            strides[-2],
-            strides[-1],
+            n_seqs,
+            rows_per_seq,
+            width,
+            *(logits.stride() if several else (0, *logits.stride())),
             targets.shape[-1] if targets.dim() == logits.dim() else 1,
-            *rows.options,
+            options,
             logits.data_ptr(),
             self("targets", targets, torch.int64),
-            None if rows.row_mask is None else self("row_mask", rows.row_mask, torch.bool),
+            None if row_mask is None else self("row_mask", row_mask, torch.bool),
             None if weights is None else self("token_weights", weights, *_FLOATS),
             weights is not None and weights.dtype is torch.float64,
         )
+        return cast(KernelRows, arguments)
 
     def sequences(self, seqs: Sequences, n_seqs: int) -> KernelSequences:
         """Bounds of sequences."""
-        bounds = seqs.cu_seqlens
+        bounds, average = seqs
+        if bounds is None:
+            return cast(KernelSequences, (None, True, n_seqs, average))
         address = self("cu_seqlens", bounds, torch.int64, torch.int32)
-        return KernelSequences(address, bounds is None or bounds.dtype is not torch.int32, n_seqs, seqs.average)
+        return KernelSequences(address, bounds.dtype is not torch.int32, n_seqs, average)
 
     def pairs(self, pairs: Pairs, n_pairs: int) -> KernelPairs:
         """Pairs and their numbers."""
-        numbers: tuple[int | None, ...] = _NO_NUMBERS
-        if pairs.numbers is not NO_NUMBERS:
-            numbers = tuple([self(name, x, torch.float64) for name, x in pairs.numbers._asdict().items()])
-        index = None if pairs.pairs is None else self("pairs", pairs.pairs, torch.int64)
-        baseline = None if pairs.baseline is None else self("baseline", pairs.baseline, torch.float64)
-        return KernelPairs(index, n_pairs, pairs.divisor, baseline, numbers)
+        index, numbers, baseline, _, divisor = pairs
+        places: tuple[int | None, ...] = _NO_NUMBERS
+        if numbers is not NO_NUMBERS:
+            places = tuple([self(name, x, torch.float64) for name, x in numbers._asdict().items()])
+        return KernelPairs(
+            None if index is None else self("pairs", index, torch.int64),
+            n_pairs,
+            divisor,
+            None if baseline is None else self("baseline", baseline, torch.float64),
+            places,
+        )
 
     def pairs_backward(self, pairs: Tensor | None, pair_grads: Tensor, divisor: float) -> KernelPairs:
         """Pairs as backward reads them: their numbers are in pair_grads."""
@@ -93,14 +105,16 @@ class Addresses:
 
     def reference(self, ref_logps: Tensor | None) -> tuple[int | None, bool]:
         """The reference's log-probs, float32 or float64, and whether they are float64."""
-        is_double = ref_logps is not None and ref_logps.dtype is torch.float64
-        return self("ref_logps", ref_logps, torch.float32, torch.float64), is_double
+        if ref_logps is None:
+            return None, False
+        return self("ref_logps", ref_logps, *_FLOATS), ref_logps.dtype is torch.float64
 
     def losses(self, losses: PreferenceResult) -> KernelLosses:
         """Results of the losses."""
         loss, each, chosen, rejected, grads = losses
         last = None if grads is None else grads.data_ptr()
-        return KernelLosses(loss.data_ptr(), each.data_ptr(), chosen.data_ptr(), rejected.data_ptr(), last)
+        arguments = (loss.data_ptr(), each.data_ptr(), chosen.data_ptr(), rejected.data_ptr(), last)
+        return cast(KernelLosses, arguments)
 
     def saved(self, saved: Saved, wide: torch.dtype) -> KernelSaved:
         """What forward left."""
@@ -115,7 +129,14 @@ class Addresses:
 
     def grads(self, grad: Grads, wide: torch.dtype) -> KernelGrads:
         """Incoming gradients."""
-        return KernelGrads(*[None if g is None else self("an incoming gradient", g, wide) for g in grad])
+        name, (logps, statistics, seq_logps, loss, losses) = "an incoming gradient", grad
+        return KernelGrads(
+            None if logps is None else self(name, logps, wide),
+            tuple([self(name, g, wide) for g in statistics]) if statistics else (),
+            None if seq_logps is None else self(name, seq_logps, wide),
+            None if loss is None else self(name, loss, wide),
+            None if losses is None else self(name, losses, wide),
+        )
 
 
 def statistics(wanted: int, tensors: list[Tensor]) -> tuple[int | None, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import named_statistics, statistic
+from dpo_fast._checks import STATISTICS, named_statistics, statistic
 from dpo_fast._torch.operators import (
     DPO_FORWARD,
     LINEAR_DPO_FORWARD,
@@ -27,10 +27,7 @@ from dpo_fast._torch.operators import (
     DPOForward,
     Grads,
     Head,
-    LinearDPOForward,
     LinearTokenBackward,
-    LinearTokenForward,
-    Needs,
     Pairs,
     PreferenceBackward,
     PreferenceForward,
@@ -45,6 +42,9 @@ from dpo_fast._torch.operators import (
 from dpo_fast._torch.sequences import kept_rows, live_rows, spread_to_rows, token_factors
 from dpo_fast._torch.zero3 import gathered
 
+Maybe = Tensor | None
+Tensors = tuple[Tensor, ...]
+
 
 class _Refuse(torch.autograd.Function):
     """Hands gradients through and raises when they are differentiated.
@@ -54,7 +54,7 @@ class _Refuse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, grads: list[Tensor], *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, grads: list[Tensor], *sources: Tensor) -> Tensors:
         return tuple(grad.view_as(grad) for grad in grads)
 
     @staticmethod
@@ -91,7 +91,7 @@ def inplace_allowed(inplace_backward: bool) -> bool:
     return inplace_backward and not torch.compiler.is_compiling()
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
+def wants_gradient(*tensors: Maybe) -> bool:
     """Whether a backward pass may follow."""
     if torch.compiler.is_compiling():
         return True
@@ -128,7 +128,7 @@ class TokenLogps(torch.autograd.Function):
     """Token log-probs and the statistics wanted, from logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, a: TokenForward, inplace_backward: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, a: TokenForward, inplace_backward: bool) -> Tensors:
         logps, stats, statistics = call(TOKEN_FORWARD, logits, a)
         if ctx is None:
             return logps, *statistics
@@ -140,14 +140,14 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_logps: Tensor | None, *grad_statistics: Tensor | None) -> tuple[Any, ...]:
-        grad = Grads(logps=grad_logps, **_differentiable(ctx.wanted, grad_statistics))
-        if all(g is None for g in grad):
+    def backward(ctx: Any, grad_logps: Maybe, *grad_statistics: Maybe) -> tuple[Any, ...]:
+        grad = Grads(grad_logps, _differentiable(ctx.wanted, grad_statistics))
+        if grad_logps is None and not grad.statistics:
             return None, None, None
         return _logits_gradient(ctx, grad), None, None
 
 
-def _token_outputs(ctx: Any, wanted: int, logps: Tensor, statistics: list[Tensor], entropy: Any) -> tuple[Tensor, ...]:
+def _token_outputs(ctx: Any, wanted: int, logps: Tensor, statistics: list[Tensor], entropy: Any) -> Tensors:
     """Log-probs and statistics as a function gives them away, marked for autograd."""
     named = zip(named_statistics(wanted), statistics, strict=True)
     ctx.mark_non_differentiable(*[tensor for each, tensor in named if not each.differentiable])
@@ -155,8 +155,10 @@ def _token_outputs(ctx: Any, wanted: int, logps: Tensor, statistics: list[Tensor
     return logps.clone(), *[tensor.clone() if tensor is entropy else tensor for tensor in statistics]
 
 
-def _differentiable(wanted: int, grads: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    return {each.name: g for each, g in zip(named_statistics(wanted), grads, strict=True) if each.differentiable}
+def _differentiable(wanted: int, grads: Sequence[Maybe]) -> tuple[Maybe, ...]:
+    """The gradients of the statistics wanted, of all in order; empty where none has one."""
+    found = tuple([statistic(each.name, wanted, grads) if each.differentiable else None for each in STATISTICS])
+    return found if any(g is not None for g in found) else ()
 
 
 class SequenceLogps(torch.autograd.Function):
@@ -164,7 +166,7 @@ class SequenceLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, a: SequenceForward, inplace_backward: bool) -> Tensor:
-        seq_logps, logps, stats, seq_saved = call(SEQUENCE_FORWARD, logits, a)
+        seq_logps, (logps, stats, _), seq_saved = call(SEQUENCE_FORWARD, logits, a)
         if ctx is not None:
             ctx.inplace_backward = inplace_backward
             _save(ctx, logits, a, None, Saved(logps, stats, None, None, seq_saved))
@@ -172,7 +174,7 @@ class SequenceLogps(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_seq_logps: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_seq_logps: Maybe) -> tuple[Any, ...]:
         if grad_seq_logps is None:
             return None, None, None
         return _logits_gradient(ctx, Grads(seq_logps=grad_seq_logps)), None, None
@@ -182,27 +184,28 @@ class DPOLoss(torch.autograd.Function):
     """Loss, losses, sequence log-probs, rewards, token log-probs and the statistics wanted, from logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, a: DPOForward, inplace_backward: bool, tokens_too: bool
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, a: DPOForward, inplace_backward: bool, tokens_too: bool) -> Tensors:
         losses, seq_logps, (logps, stats, statistics), seq_saved = call(DPO_FORWARD, logits, a)
         loss, each, chosen_rewards, rejected_rewards, pair_grads = losses
-        tokens = [logps.clone() if ctx is not None else logps, *statistics] if tokens_too else []
-        if ctx is not None:
+        if ctx is None:
+            tokens = (logps, *statistics) if tokens_too else ()
+        else:
             ctx.wanted, ctx.inplace_backward = a.wanted, inplace_backward
             _save(ctx, logits, a, a.pairs, Saved(logps, stats, None, pair_grads, seq_saved))
-            others = [t for each, t in zip(named_statistics(a.wanted), statistics, strict=True) if each.name != "lse"]
-            ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *tokens[:1], *others)
+            tokens, others = (), []
+            if tokens_too:
+                tokens = (logps.clone(), *statistics)
+                named = zip(named_statistics(a.wanted), statistics, strict=True)
+                others = [tokens[0], *[tensor for each, tensor in named if each.name != "lse"]]
+            ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *others)
         return loss, each, seq_logps, chosen_rewards, rejected_rewards, *tokens
 
     @staticmethod
     @differentiable_once
-    def backward(
-        ctx: Any, loss: Tensor | None, losses: Tensor | None, seq_logps: Tensor | None, *others: Tensor | None
-    ) -> tuple[Any, ...]:
-        lse = _differentiable(ctx.wanted, others[3:]).get("lse") if ctx.wanted else None
-        grad = Grads(lse=lse, seq_logps=seq_logps, loss=loss, losses=losses)
-        if all(g is None for g in grad):
+    def backward(ctx: Any, loss: Maybe, losses: Maybe, seq_logps: Maybe, *others: Maybe) -> tuple[Any, ...]:
+        statistics = _differentiable(ctx.wanted, others[3:]) if ctx.wanted else ()
+        grad = Grads(None, statistics, seq_logps, loss, losses)
+        if loss is None and losses is None and seq_logps is None and not statistics:
             return None, None, None, None
         return _logits_gradient(ctx, grad), None, None, None
 
@@ -214,7 +217,7 @@ class PreferenceLoss(torch.autograd.Function):
     """Loss, losses and rewards from sequence log-probs."""
 
     @staticmethod
-    def forward(ctx: Any, logps: Tensor, a: PreferenceForward) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logps: Tensor, a: PreferenceForward) -> Tensors:
         *losses, pair_grads = call(PREFERENCE_FORWARD, logps, a)
         if ctx is not None:
             ctx.save_for_backward(logps, a.pairs.pairs, pair_grads)
@@ -225,7 +228,7 @@ class PreferenceLoss(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Maybe, grad_losses: Maybe, *_: Any) -> tuple[Any, ...]:
         logps, pairs, pair_grads = ctx.saved_tensors
         if grad_loss is None and grad_losses is None:
             return None, None
@@ -240,85 +243,72 @@ class LinearTokenLogps(torch.autograd.Function):
     """Token log-probs and the statistics wanted, from hidden states and the head."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        a: LinearTokenForward,
-    ) -> tuple[Tensor, ...]:
-        a = a._replace(head=a.head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b))
-        (logps, stats, statistics), buffer = call(LINEAR_TOKEN_FORWARD, hidden, a)
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Maybe, lora_a: Maybe, lora_b: Maybe, a: Any) -> Tensors:
+        a = _with_head(a, w, b, lora_a, lora_b)
+        wanted = a.tokens.wanted
+        (logps, stats, statistics), buffer = call(LINEAR_TOKEN_FORWARD, x, a)
         if ctx is None:
             return logps, *statistics
-        entropy = statistic("entropy", a.wanted, statistics)
-        _save_head(ctx, hidden, a, Saved(logps, stats, entropy, None, None))
-        ctx.buffer, ctx.wanted, ctx.compact = buffer if a.keep else None, a.wanted, a.compact
-        return _token_outputs(ctx, a.wanted, logps, statistics, entropy)
+        entropy = statistic("entropy", wanted, statistics)
+        _save_head(ctx, x, a.head, a.tokens.rows, Saved(logps, stats, entropy, None, None))
+        ctx.buffer, ctx.wanted, ctx.compact = buffer if a.tokens.keep else None, wanted, a.compact
+        return _token_outputs(ctx, wanted, logps, statistics, entropy)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_logps: Tensor | None, *grad_statistics: Tensor | None) -> tuple[Any, ...]:
-        grad = Grads(logps=grad_logps, **_differentiable(ctx.wanted, grad_statistics))
-        if all(g is None for g in grad):
+    def backward(ctx: Any, grad_logps: Maybe, *grad_statistics: Maybe) -> tuple[Any, ...]:
+        grad = Grads(grad_logps, _differentiable(ctx.wanted, grad_statistics))
+        if grad_logps is None and not grad.statistics:
             return (None,) * 6
         # the kept logits are written over: a second backward makes them again
         buffer, ctx.buffer = ctx.buffer, None
         return (*_head_gradient(ctx, grad, buffer, ctx.compact), None)
 
 
-def _save_head(ctx: Any, hidden: Tensor, a: LinearTokenForward | LinearDPOForward, saved: Saved) -> None:
-    ctx.save_for_backward(hidden, *a.head[:4], a.rows.targets, a.rows.token_weights, *saved)
-    ctx.options, ctx.lora_scaling, ctx.budget = a.rows.options, a.head.lora_scaling, a.budget
+def _with_head(a: Any, weight: Tensor, bias: Maybe, lora_a: Maybe, lora_b: Maybe) -> Any:
+    """The arguments with the head's tensors, which autograd has to see one by one."""
+    return a._replace(head=a.head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b))
+
+
+def _save_head(ctx: Any, hidden: Tensor, head: Head, rows: Rows, saved: Saved) -> None:
+    ctx.save_for_backward(hidden, *head[:4], rows.targets, rows.token_weights, *saved)
+    ctx.options, ctx.head_numbers = rows.options, head[4:]
     ctx.set_materialize_grads(False)
 
 
-def _head_gradient(ctx: Any, grad: Grads, buffer: Tensor | None, compact: bool) -> list[Tensor | None]:
+def _head_gradient(ctx: Any, grad: Grads, buffer: Maybe, compact: bool) -> list[Maybe]:
     """Gradients of hidden, weight, bias, lora_a and lora_b from those of the tokens."""
     hidden, weight, bias, lora_a, lora_b, targets, weights, *saved = ctx.saved_tensors
-    head = Head(weight, bias, lora_a, lora_b, ctx.lora_scaling)
-    rows, need = Rows(targets, None, weights, ctx.options), Needs(*ctx.needs_input_grad[:5])
-    a = LinearTokenBackward(head, rows, Saved(*saved), buffer, grad, ctx.budget, compact, need)
+    head, needs = Head(weight, bias, lora_a, lora_b, *ctx.head_numbers), tuple(ctx.needs_input_grad[:5])
+    rows = Rows(targets, None, weights, ctx.options)
+    a = LinearTokenBackward(head, rows, Saved(*saved), buffer, grad, compact, needs)
     with gathered(weight, bias, lora_a, lora_b):
         found = call(LINEAR_TOKEN_BACKWARD, hidden, a)
-    return [g if needed else None for g, needed in zip(found, need, strict=True)]
+    return [g if needed else None for g, needed in zip(found, needs, strict=True)]
 
 
 class LinearDPOLoss(torch.autograd.Function):
-    """As DPOLoss, from hidden states and the head; gradients are made in forward where `a.need` says so."""
+    """As DPOLoss, from hidden states and the head; gradients are made in forward where `a.needs` says so."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        a: LinearDPOForward,
-        tokens_too: bool,
-    ) -> tuple[Tensor, ...]:
-        a = a._replace(head=a.head._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b))
-        losses, seq_logps, (logps, stats, statistics), grads = call(LINEAR_DPO_FORWARD, hidden, a)
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Maybe, lora_a: Maybe, lora_b: Maybe, a: Any, tokens: Any) -> Tensors:
+        a = _with_head(a, w, b, lora_a, lora_b)
+        (losses, seq_logps, (logps, stats, statistics), _), grads = call(LINEAR_DPO_FORWARD, x, a)
         loss, each, chosen_rewards, rejected_rewards, pair_grads = losses
-        tokens = [logps if ctx is None else logps.clone(), *statistics] if tokens_too else []
+        of_tokens = [logps if ctx is None else logps.clone(), *statistics] if tokens else []
         if ctx is not None:
-            _save_head(ctx, hidden, a, Saved(logps, stats, None, pair_grads, None))
+            _save_head(ctx, x, a.head, a.dpo.rows, Saved(logps, stats, None, pair_grads, None))
             # the z-loss is read off lse again where the gradients are not made in forward
-            ctx.lse = statistic("lse", a.wanted, statistics)
+            ctx.lse = statistic("lse", a.dpo.wanted, statistics)
             ctx.n_seqs = seq_logps.shape[0]
-            ctx.a = a._replace(head=None, rows=None)  # type: ignore[arg-type]
-            ctx.grads = list(grads) if any(a.need) else None
-            ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *tokens)
-        return loss, each, seq_logps, chosen_rewards, rejected_rewards, *tokens
+            ctx.seqs, ctx.pairs, ctx.z_loss_weight = a.dpo.seqs, a.dpo.pairs, a.z_loss_weight
+            ctx.grads = list(grads) if any(a.needs) else None
+            ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *of_tokens)
+        return loss, each, seq_logps, chosen_rewards, rejected_rewards, *of_tokens
 
     @staticmethod
     @differentiable_once
-    def backward(
-        ctx: Any, loss: Tensor | None, losses: Tensor | None, seq_logps: Tensor | None, *_: Any
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, loss: Maybe, losses: Maybe, seq_logps: Maybe, *_: Any) -> tuple[Any, ...]:
         if loss is None and losses is None and seq_logps is None:
             return (None,) * 7
         grads, ctx.grads = ctx.grads, None
@@ -328,10 +318,10 @@ class LinearDPOLoss(torch.autograd.Function):
         return (*_head_gradient(ctx, _token_gradients(ctx, loss, losses, seq_logps), None, True), None, None)
 
 
-def _early_gradients(ctx: Any, grads: list[Tensor | None], loss: Tensor) -> list[Tensor | None]:
+def _early_gradients(ctx: Any, grads: list[Maybe], loss: Tensor) -> list[Maybe]:
     """Gradients made in forward, for an incoming gradient of 1."""
     hidden = ctx.saved_tensors[0]
-    found: list[Tensor | None] = []
+    found: list[Maybe] = []
     for grad, needed in zip(grads, ctx.needs_input_grad, strict=False):
         if grad is not None and needed:
             if loss.device.type != "cpu" or loss.item() != 1:
@@ -342,25 +332,26 @@ def _early_gradients(ctx: Any, grads: list[Tensor | None], loss: Tensor) -> list
     return found
 
 
-def _token_gradients(ctx: Any, loss: Tensor | None, losses: Tensor | None, seq_logps: Tensor | None) -> Grads:
+def _token_gradients(ctx: Any, loss: Maybe, losses: Maybe, seq_logps: Maybe) -> Grads:
     """The gradients of the tokens' log-probs and lse, from those of the loss, the losses and the sequences."""
     _, _, _, _, _, targets, weights, logps, _, _, pair_grads, _ = ctx.saved_tensors
-    a, n_seqs = ctx.a, ctx.n_seqs
+    pairs, cu_seqlens, n_seqs = ctx.pairs, ctx.seqs.cu_seqlens, ctx.n_seqs
     g = logps.new_zeros(n_seqs)
     if loss is not None or losses is not None:
-        b = PreferenceBackward(a.pairs.pairs, a.pairs.divisor, pair_grads, Grads(loss=loss, losses=losses))
+        b = PreferenceBackward(pairs.pairs, pairs.divisor, pair_grads, Grads(loss=loss, losses=losses))
         g = call(PREFERENCE_BACKWARD, g, b)
     if seq_logps is not None:
         g = g + seq_logps
     kept = kept_rows(targets, ctx.options.ignore_index, weights)
-    factors = token_factors(kept, weights, a.seqs.cu_seqlens, a.seqs.average, logps.dtype)
-    g = spread_to_rows(g, a.seqs.cu_seqlens, factors.shape)
+    factors = token_factors(kept, weights, cu_seqlens, ctx.seqs.average, logps.dtype)
+    g = spread_to_rows(g, cu_seqlens, factors.shape)
     # 0 also against an infinite factor's NaN: no gradient, no part in it
     g = torch.where(g == 0, torch.zeros_like(g), g * factors)
-    if not a.z_loss_weight or loss is None or ctx.lse is None:
+    if not ctx.z_loss_weight or loss is None or ctx.lse is None:
         return Grads(logps=g)
-    live = live_rows(targets, kept, a.seqs.cu_seqlens, a.pairs.pairs, a.pairs.numbers.pair_weights)
+    live = live_rows(targets, kept, cu_seqlens, pairs.pairs, pairs.numbers.pair_weights)
     n_pairs = pair_grads.shape[0]
-    share = 2 * a.z_loss_weight * n_pairs / (a.pairs.divisor or n_pairs)
+    share = 2 * ctx.z_loss_weight * n_pairs / (pairs.divisor or n_pairs)
     lse = torch.where(live, ctx.lse, torch.zeros_like(ctx.lse))
-    return Grads(logps=g, lse=lse * (loss * share / live.sum().clamp(min=1)))
+    g_lse = lse * (loss * share / live.sum().clamp(min=1))
+    return Grads(g, tuple([g_lse if each.name == "lse" else None for each in STATISTICS]))

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo_fast import _checks
 from dpo_fast._checks import check_shape
 from dpo_fast._loss.options import NO_NUMBERS
-from dpo_fast._torch.operators import PLAIN, Grads, Head, Pairs, Rows, Sequences
+from dpo_fast._torch.operators import PLAIN, Grads, Head, Pairs, Rows, RowsBackward, Sequences
 
 LOGIT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 INTEGER_TYPES = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32}
@@ -90,17 +90,15 @@ def check_integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be integers, found {tensor.dtype}")
 
 
-def check_numbers(
-    name: str, tensor: Tensor | None, like: Tensor, shape: Sequence[int], reason: str, like_name: str = "logits"
-) -> None:
-    """Checks real numbers of a shape, on like's device, where they are given."""
-    if tensor is None:
+def check_numbers(name: str, x: Any, like: Tensor, shape: Sequence[int], reason: str, of: str = "logits") -> None:
+    """Checks a tensor x of real numbers, where it is given: its shape, and the device, which is that of `like`."""
+    if x is None:
         return
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real numbers, found {tensor.dtype}")
-    check_device(name, tensor, like, like_name)
-    if tensor.shape != shape:
-        check_shape(name, tensor.shape, shape, reason)
+    if x.is_complex():
+        raise TypeError(f"{name} must be real numbers, found {x.dtype}")
+    check_device(name, x, like, of)
+    if x.shape != shape:
+        check_shape(name, x.shape, shape, reason)
 
 
 # --- rows, sequences, pairs -------------------------------------------------------------------------------------------
@@ -113,8 +111,8 @@ def check_rows(logits: Tensor, rows: Rows, name: str = "logits") -> None:
     if logits.dtype not in LOGIT_TYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(str, LOGIT_TYPES))}, found {logits.dtype}")
     check_targets(targets, logits, name)
-    if rows.options.valid_vocab:
-        _checks.check_vocab(rows.options, shape[-1])
+    if rows.options is not _checks.DEFAULT_LOGIT_OPTIONS:
+        _checks.check_options(rows.options, shape[-1])
     if rows.row_mask is not None:
         check_numbers("row_mask", rows.row_mask, logits, shape[:-1], f"to fit logits of shape {tuple(shape)}")
 
@@ -146,13 +144,11 @@ def check_sequences(like: Tensor, rows: Rows, seqs: Sequences, name: str = "logi
     return _checks.sequence_count(shape, None if seqs.cu_seqlens is None else seqs.cu_seqlens.shape, name)
 
 
-def check_pair_tensor(
-    pairs: Tensor | None, like: Tensor, n_seqs: int, may_be_none: bool = False, like_name: str = "logits"
-) -> int:
-    """Checks `pairs`; returns their number."""
+def check_pair_tensor(pairs: Any, like: Tensor, n_seqs: int, may_be_none: bool = False, of: str = "logits") -> int:
+    """Checks `pairs` [P, 2], where they are given; returns their number."""
     if pairs is not None:
         check_integers("pairs", pairs)
-        check_device("pairs", pairs, like, like_name)
+        check_device("pairs", pairs, like, of)
     return _checks.pair_count(n_seqs, None if pairs is None else pairs.shape, may_be_none)
 
 
@@ -184,11 +180,38 @@ def check_saved(logits: Tensor, targets: Tensor, logps: Tensor, stats: Tensor) -
 
 def check_gradients(like: Tensor, targets: Tensor | None, grad: Grads, n_seqs: int, n_pairs: int) -> None:
     """Checks the gradients that come in; each is on the device of `like`."""
-    rows, each = like.shape[:-1], None if targets is None else targets.shape
-    expected = (each, rows, rows, (n_seqs,), (), (n_pairs,))
-    for name, tensor, shape in zip(grad._fields, grad, expected, strict=True):
-        if tensor is not None:
-            check_numbers(f"grad_{name}", tensor, like, shape or (), "to fit the others")
+    logps, statistics, seq_logps, loss, losses = grad
+    if logps is not None and targets is not None:
+        check_numbers("grad_logps", logps, like, targets.shape, "to fit the others")
+    if statistics:
+        for each, tensor in zip(_checks.STATISTICS, statistics, strict=True):
+            if tensor is not None and not each.differentiable:
+                raise ValueError(f"{each.name} has no gradient")
+            check_numbers(f"grad_{each.name}", tensor, like, like.shape[:-1], "to fit the others")
+    check_numbers("grad_seq_logps", seq_logps, like, (n_seqs,), "to fit the others")
+    check_numbers("grad_loss", loss, like, (), "to fit the others")
+    check_numbers("grad_losses", losses, like, (n_pairs,), "to fit the others")
+
+
+def check_rows_backward(logits: Tensor, a: RowsBackward) -> None:
+    """Checks everything that a backward pass from logits takes."""
+    check_rows(logits, a.rows)
+    grad, saved, n_seqs, n_pairs = a.grad, a.saved, 0, 0
+    check_saved(logits, a.rows.targets, saved.logps, saved.stats)
+    if grad.seq_logps is not None or grad.loss is not None or grad.losses is not None:
+        n_seqs = check_sequences(logits, a.rows, a.seqs)
+    if grad.loss is not None or grad.losses is not None:
+        n_pairs = check_pair_tensor(a.pairs, logits, n_seqs, a.divisor != 0)
+        if saved.pair_grads is None:
+            raise ValueError("grad_loss and grad_losses need pair_grads of the forward pass")
+        check_numbers("pair_grads", saved.pair_grads, logits, (n_pairs, 2), "with two derivatives per pair")
+    check_gradients(logits, a.rows.targets, grad, n_seqs, n_pairs)
+    if saved.seq_saved is not None:
+        check_device("seq_saved", saved.seq_saved, logits, "logits")
+    if _checks.of_statistic("entropy", grad.statistics) is not None:
+        if saved.entropy is None:
+            raise ValueError("grad_entropy needs the entropy of the forward pass")
+        check_numbers("entropy", saved.entropy, logits, logits.shape[:-1], "with one number per row")
 
 
 def check_logps(logps: Tensor) -> None:
@@ -229,7 +252,7 @@ def check_head(hidden: Tensor, head: Head, rows: Rows) -> None:
         raise ValueError(f"weight must have at least one token in the vocabulary, found {tuple(head.weight.shape)}")
     if (head.lora_a is None) != (head.lora_b is None):
         raise ValueError("lora needs both A and B")
-    _checks.check_vocab(rows.options, vocab)
+    _checks.check_options(rows.options, vocab)
     check_targets(rows.targets, hidden, "hidden")
     for name, tensor in (("row_mask", rows.row_mask), ("token_weights", rows.token_weights)):
         check_numbers(name, tensor, hidden, rows.targets.shape, "as targets have", "hidden")

@@ -24,7 +24,7 @@ from dpo_fast._torch.operators import (
     TokenForward,
     TokenResult,
 )
-from dpo_fast._torch.sequences import count_sequences, kept_rows, refuse_bad_targets, wide_type
+from dpo_fast._torch.sequences import count_sequences, refuse_bad_rows, wide_type
 
 
 def _naming_targets(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,11 +35,7 @@ def _naming_targets(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(logits, a)
         except IndexError:
-            targets, options = a.rows.targets, a.rows.options
-            kept = kept_rows(targets, options.ignore_index, a.rows.token_weights)
-            if a.rows.row_mask is not None:
-                kept &= (a.rows.row_mask != 0).view(a.rows.row_mask.shape + (1,) * (targets.dim() - logits.dim() + 1))
-            refuse_bad_targets(targets, kept, options.valid_vocab or logits.shape[-1])
+            refuse_bad_rows(logits, a.rows)
             raise
 
     return wrapper
@@ -57,7 +53,8 @@ def token_forward(logits: Tensor, a: TokenForward) -> TokenResult:
 def sequence_forward(logits: Tensor, a: SequenceForward) -> SequenceResult:
     out, at = shapes.sequence_forward(logits, a), Addresses()
     kernel = (at.rows(logits, a.rows), at.sequences(a.seqs, out.seq_logps.shape[0]), torch.get_num_threads())
-    _cpu.sequence_forward(*kernel, out.logps.data_ptr(), pointer(out.stats), out.seq_logps.data_ptr(), a.double_sums)
+    logps, stats, _ = out.tokens
+    _cpu.sequence_forward(*kernel, logps.data_ptr(), pointer(stats), out.seq_logps.data_ptr(), a.double_sums)
     return out
 
 

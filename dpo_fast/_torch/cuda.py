@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast._arguments import KernelPairs
-from dpo_fast._torch import plain, shapes
+from dpo_fast._torch import shapes
 from dpo_fast._torch.addresses import Addresses, gradient, pointer, statistics, wpo_statistics
 from dpo_fast._torch.operators import (
     DPOForward,
@@ -29,7 +29,7 @@ from dpo_fast._torch.operators import (
     TokenForward,
     TokenResult,
 )
-from dpo_fast._torch.sequences import check_cu_seqlens, check_pair_numbers, count_sequences, wide_type
+from dpo_fast._torch.sequences import check_cu_seqlens, check_pair_numbers, count_sequences, refuse_bad_rows, wide_type
 
 
 def _kernels() -> Any:
@@ -69,7 +69,7 @@ def _check_values(logits: Tensor, rows: Rows, cu_seqlens: Tensor | None, pairs: 
         check_cu_seqlens(cu_seqlens, rows.targets.numel())
     if pairs is not None:
         check_pair_numbers(pairs, n_seqs, absent=True)
-    plain.bad_targets(logits, rows)
+    refuse_bad_rows(logits, rows)
 
 
 def token_forward(logits: Tensor, a: TokenForward) -> TokenResult:
@@ -92,8 +92,8 @@ def sequence_forward(logits: Tensor, a: SequenceForward) -> SequenceResult:
         at.sequences(a.seqs, n_seqs),
         _place(logits),
         _scratch(at, logits, _kernels().forward_scratch_bytes(rows)),
-        out.logps.data_ptr(),
-        pointer(out.stats),
+        out.tokens.logps.data_ptr(),
+        pointer(out.tokens.stats),
         out.seq_logps.data_ptr(),
         a.double_sums,
         pointer(out.seq_saved),

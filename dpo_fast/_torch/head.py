@@ -8,11 +8,14 @@ drift.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dpo_fast._torch.operators import Head, HeadGradients, Needs
-from dpo_fast._torch.sequences import wide_type
+from dpo_fast._checks import LogitOptions
+from dpo_fast._torch.operators import HEAD_INPUTS, Head, HeadGradients
+from dpo_fast._torch.sequences import vocab_size, wide_type
 
 
 def head_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
@@ -25,7 +28,7 @@ def head_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
         out.addmm_(hidden @ head.lora_a.t(), head.lora_b.t(), alpha=head.lora_scaling)
 
 
-def range_scale(grads: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+def range_scale(grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     """A power of 2, [], that brings the largest of float16 rows' gradients near 1; None for other types.
 
     Without it the logits' gradients vanish, or overflow, in float16: mixed precision's loss scale may be missing so
@@ -41,9 +44,10 @@ def range_scale(grads: list[Tensor | None], dtype: torch.dtype) -> Tensor | None
     return torch.where((largest > 0) & torch.isfinite(largest), scale, torch.ones_like(scale))
 
 
-def trimmed(head: Head, vocab: int) -> Head:
-    """The head without its padding: its first `vocab` rows, all for 0."""
-    if vocab in (0, head.weight.shape[0]):
+def trimmed(head: Head, options: LogitOptions) -> Head:
+    """The head without its padding."""
+    vocab = vocab_size(head.weight.shape[0], options)
+    if vocab == head.weight.shape[0]:
         return head
     bias, lora_b = (None if tensor is None else tensor[:vocab] for tensor in (head.bias, head.lora_b))
     return head._replace(weight=head.weight[:vocab], bias=bias, lora_b=lora_b)
@@ -69,9 +73,10 @@ class HeadSums:
     With one tile a product is rounded to its parameter's type at once; with several, each is added to a float32 sum.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, needs: Needs, n_tiles: int, dtype: torch.dtype) -> None:
-        self.head, self.needs, self.several, self.dtype = head, needs, n_tiles > 1, dtype
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs.hidden else None
+    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, ...], n_tiles: int, dtype: torch.dtype) -> None:
+        self.head, self.several, self.dtype = head, n_tiles > 1, dtype
+        self.needs = dict(zip(HEAD_INPUTS, needs, strict=True))
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if self.needs["hidden"] else None
         self.sums: dict[str, Tensor] = {}
 
     def add(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice, scale: Tensor | float = 1.0) -> None:
@@ -79,18 +84,18 @@ class HeadSums:
         head, needs = self.head, self.needs
         if self.hidden is not None:
             grad = _scaled(_product(dz, head.weight), scale)
-        if needs.weight:
+        if needs["weight"]:
             self._sum("weight", dz.t(), hidden, scale)
-        if needs.bias:
+        if needs["bias"]:
             self._put("bias", dz.sum(0, dtype=wide_type(dz.dtype)), scale)
         if head.lora_a is not None and head.lora_b is not None:
-            if needs.lora_b:
+            if needs["lora_b"]:
                 self._sum("lora_b", dz.t(), hidden @ head.lora_a.t(), scale * head.lora_scaling)
-            if needs.lora_a or self.hidden is not None:
+            if needs["lora_a"] or self.hidden is not None:
                 du = _scaled(_product(dz, head.lora_b), scale * head.lora_scaling)
                 if dz.dtype is not torch.float16:  # its range is too small for what B has made of dz
                     du = du.to(dz.dtype)
-                if needs.lora_a:
+                if needs["lora_a"]:
                     self._sum("lora_a", du.t(), hidden.to(du.dtype), 1.0)
                 if self.hidden is not None:
                     grad = grad + du @ head.lora_a.to(du.dtype)
@@ -112,10 +117,10 @@ class HeadSums:
 
     def result(self, whole: Head) -> HeadGradients:
         """Gradients of hidden and of the whole head, 0 for its padding, in the given type; None where not wanted."""
-        return HeadGradients(self.hidden, *[self._parameter(name, getattr(whole, name)) for name in Needs._fields[1:]])
+        return HeadGradients(self.hidden, *[self._parameter(name, getattr(whole, name)) for name in HEAD_INPUTS[1:]])
 
     def _parameter(self, name: str, whole: Tensor | None) -> Tensor | None:
-        if not getattr(self.needs, name) or whole is None:
+        if not self.needs[name] or whole is None:
             return None
         total = self.sums.get(name)
         if total is not None and total.shape == whole.shape:

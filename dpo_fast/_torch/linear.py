@@ -10,12 +10,12 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import STATISTIC_BITS, named_statistics
+from dpo_fast._checks import STATISTIC_BITS, STATISTICS, named_statistics
 from dpo_fast._loss.options import LossOptions, PairNumbers, tokens_per_pair
 from dpo_fast._torch import shapes
 from dpo_fast._torch.head import HeadSums, head_logits, range_scale, trimmed
@@ -24,6 +24,7 @@ from dpo_fast._torch.operators import (
     PREFERENCE_FORWARD,
     ROWS_BACKWARD_INPLACE,
     TOKEN_FORWARD,
+    DPOForward,
     Grads,
     HeadGradients,
     LinearDPOForward,
@@ -58,7 +59,7 @@ _NO_SEQUENCES = Sequences(None, False)
 
 
 def _part(rows: Rows, index: Tensor | slice) -> Rows:
-    """Some rows; weights decide only which rows count, which `kept_rows` has looked at."""
+    """Some rows of a trimmed head; weights decide only which rows count, which `kept_rows` has looked at."""
     return Rows(rows.targets.reshape(-1)[index], None, None, rows.options._replace(valid_vocab=0))
 
 
@@ -78,30 +79,24 @@ def _tile(index: Tensor | None, start: int, end: int) -> Tensor | slice:
     return slice(start, end) if index is None else index[start:end]
 
 
-class _Tokens(NamedTuple):
+def _zeros(result: TokenResult) -> TokenResult:
     """The results of all rows, flat, to be filled by tiles; rows that do not count keep their zeros."""
+    for tensor in (result.logps, result.stats, *result.statistics):
+        tensor.zero_()
+    return TokenResult(result.logps.view(-1), result.stats.view(-1, 2), [each.view(-1) for each in result.statistics])
 
-    logps: Tensor
-    stats: Tensor
-    statistics: list[Tensor]
 
-    @classmethod
-    def zeros(cls, result: TokenResult) -> _Tokens:
-        for tensor in (result.logps, result.stats, *result.statistics):
-            tensor.zero_()
-        return cls(result.logps.view(-1), result.stats.view(-1, 2), [each.view(-1) for each in result.statistics])
-
-    def forward(self, z: Tensor, rows: Rows, index: Tensor | slice, wanted: int) -> None:
-        """Takes in a tile of logits."""
-        try:
-            found = call(TOKEN_FORWARD, z, TokenForward(_part(rows, index), wanted, True))
-        except IndexError:  # its position is one in the tile: say where it is among the caller's
-            kept = kept_rows(rows.targets, rows.options.ignore_index, rows.token_weights)
-            refuse_bad_targets(rows.targets, kept, z.shape[-1])
-            raise
-        self.logps[index], self.stats[index] = found.logps, found.stats
-        for all_rows, values in zip(self.statistics, found.statistics, strict=True):
-            all_rows[index] = values
+def _fill(tokens: TokenResult, z: Tensor, rows: Rows, index: Tensor | slice, wanted: int) -> None:
+    """Fills in the rows of a tile of logits."""
+    try:
+        found = call(TOKEN_FORWARD, z, TokenForward(_part(rows, index), wanted, True))
+    except IndexError:  # its position is one in the tile: say where it is among the caller's
+        kept = kept_rows(rows.targets, rows.options.ignore_index, rows.token_weights)
+        refuse_bad_targets(rows.targets, kept, z.shape[-1])
+        raise
+    tokens.logps[index], tokens.stats[index] = found.logps, found.stats
+    for all_rows, values in zip(tokens.statistics, found.statistics, strict=True):
+        all_rows[index] = values
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,30 +115,29 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_without_autocast
 def linear_token_forward(hidden: Tensor, a: LinearTokenForward) -> LinearTokenResult:
-    out = shapes.linear_token_forward(hidden, a)
-    head = trimmed(a.head, a.rows.options.valid_vocab)
-    vocab, tokens = head.weight.shape[0], _Tokens.zeros(out.tokens)
+    out, (rows, wanted, keep) = shapes.linear_token_forward(hidden, a), a.tokens
+    head = trimmed(a.head, rows.options)
+    vocab, tokens = head.weight.shape[0], _zeros(out.tokens)
     x = hidden.reshape(-1, hidden.shape[-1])
-    kept = _kept(a.rows)
-    rows = a.rows._replace(
-        targets=a.rows.targets.masked_fill(~kept.view(a.rows.targets.shape), a.rows.options.ignore_index)
-    )
+    kept = _kept(rows)
+    rows = rows._replace(targets=rows.targets.masked_fill(~kept.view(rows.targets.shape), rows.options.ignore_index))
     index = _numbers(kept, a.compact)
-    plan = plan_rows(x.shape[0] if index is None else index.shape[0], vocab, hidden.dtype.itemsize, a.budget, a.keep)
+    n_rows = x.shape[0] if index is None else index.shape[0]
+    plan = plan_rows(n_rows, vocab, hidden.dtype.itemsize, head.budget, keep)
     buffer = hidden.new_empty((plan.buffer_rows, vocab)) if out.buffer is None else out.buffer
     for start, end, place in tile_bounds(plan):
         part, z = _tile(index, start, end), buffer[place : place + end - start]
         head_logits(head, x[part], z)
-        tokens.forward(z, rows, part, a.wanted)
+        _fill(tokens, z, rows, part, wanted)
     return out
 
 
 @_without_autocast
 def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradients:
     shapes.linear_token_backward(hidden, a)
-    head, options = trimmed(a.head, a.rows.options.valid_vocab), a.rows.options
+    head, options = trimmed(a.head, a.rows.options), a.rows.options
     vocab, x = head.weight.shape[0], hidden.reshape(-1, hidden.shape[-1])
-    incoming = [None if g is None else g.reshape(-1) for g in (a.grad.logps, a.grad.entropy, a.grad.lse)]
+    incoming = [None if g is None else g.reshape(-1) for g in (a.grad.logps, *a.grad.statistics)]
     kept = _kept(a.rows)
     moved = torch.zeros_like(kept)
     for g in incoming:
@@ -151,16 +145,15 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
     rows = a.rows._replace(targets=a.rows.targets.reshape(-1).masked_fill(~kept, options.ignore_index))
     # kept logits lie by the rows that count, whether they have a gradient or not
     index = _numbers(kept if a.buffer is not None else kept & moved, a.compact)
-    plan = plan_rows(
-        x.shape[0] if index is None else index.shape[0], vocab, hidden.dtype.itemsize, a.budget, a.buffer is not None
-    )
+    n_rows = x.shape[0] if index is None else index.shape[0]
+    plan = plan_rows(n_rows, vocab, hidden.dtype.itemsize, head.budget, a.buffer is not None)
     buffer = hidden.new_empty((plan.buffer_rows, vocab)) if a.buffer is None else a.buffer
     if buffer.shape[0] < plan.buffer_rows or buffer.shape[1] != vocab:
         raise ValueError(
             f"buffer must be as forward left it, [{plan.buffer_rows}, {vocab}], found {tuple(buffer.shape)}"
         )
     tiles = tile_bounds(plan)
-    sums = HeadSums(head, x, a.need, len(tiles), hidden.dtype)
+    sums = HeadSums(head, x, a.needs, len(tiles), hidden.dtype)
     scale = range_scale(incoming, hidden.dtype)
     if scale is not None:
         incoming = [None if g is None else g * scale for g in incoming]
@@ -170,8 +163,8 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
         part, z = _tile(index, start, end), buffer[place : place + end - start]
         if start >= plan.kept_rows:
             head_logits(head, x[part], z)
-        logps, entropy, *grads = (None if t is None else t[part] for t in (*saved, *incoming))
-        _logits_gradient(z, _part(rows, part), logps, stats[part], entropy, Grads(*grads))
+        logps, entropy, g, *of_statistics = (None if t is None else t[part] for t in (*saved, *incoming))
+        _logits_gradient(z, _part(rows, part), logps, stats[part], entropy, Grads(g, tuple(of_statistics)))
         # a row without a gradient takes no part in the products, whatever its numbers are
         sums.add(z, x[part].masked_fill(~moved[part].unsqueeze(-1), 0), part, 1.0 if scale is None else 1 / scale)
     found = sums.result(a.head)
@@ -227,7 +220,7 @@ def _groups(pairs: dict[int, tuple[int, int]], counts: list[int], fit: int) -> l
 class _Batch:
     """The rows that count of one call, by sequence and group."""
 
-    def __init__(self, hidden: Tensor, a: LinearDPOForward, n_seqs: int, n_pairs: int, vocab: int) -> None:
+    def __init__(self, hidden: Tensor, a: DPOForward, budget: int, n_seqs: int, n_pairs: int, vocab: int) -> None:
         rows, targets, pairs = a.rows, a.rows.targets, a.pairs
         kept = _kept(rows).view(targets.shape)
         factors = token_factors(kept, rows.token_weights, a.seqs.cu_seqlens, a.seqs.average, torch.float64)
@@ -247,7 +240,7 @@ class _Batch:
         weights = pairs.numbers.pair_weights
         live = [True] * n_pairs if weights is None else (weights != 0).tolist()
         self.pairs = {p: pair for p, pair in enumerate(numbers) if live[p]}
-        fit = plan_rows(targets.numel(), vocab, hidden.dtype.itemsize, a.budget, False).buffer_rows
+        fit = plan_rows(targets.numel(), vocab, hidden.dtype.itemsize, budget, False).buffer_rows
         self.fit = min(fit, self.index.shape[0]) or 1
         self.groups = _groups(self.pairs, self.counts, self.fit)
         self.sizes = [sum(self.counts[s] for s in seqs) for seqs, _ in self.groups]
@@ -266,7 +259,7 @@ class _Batch:
 class _Group:
     """A group's pairs: as numbers in the batch, and as pairs of its own sequences."""
 
-    def __init__(self, a: LinearDPOForward, batch: _Batch, group: tuple[list[int], list[int]]) -> None:
+    def __init__(self, a: DPOForward, batch: _Batch, group: tuple[list[int], list[int]]) -> None:
         seqs, pair_numbers = group
         device = a.rows.targets.device
         local = {s: i for i, s in enumerate(seqs)} | {-1: -1}
@@ -295,26 +288,28 @@ class _Group:
 
 
 @_without_autocast
-def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
-    out = shapes.linear_dpo_forward(hidden, a)
-    head = trimmed(a.head, a.rows.options.valid_vocab)
+def linear_dpo_forward(hidden: Tensor, arguments: LinearDPOForward) -> LinearDPOResult:
+    whole_head, a, z_loss_weight, needs = arguments
+    result = shapes.linear_dpo_forward(hidden, arguments)
+    out, head = result.dpo, trimmed(whole_head, a.rows.options)
     n_pairs, n_seqs = out.losses.losses.shape[0], out.seq_logps.shape[0]
-    batch = _Batch(hidden, a, n_seqs, n_pairs, head.weight.shape[0])
+    batch = _Batch(hidden, a, head.budget, n_seqs, n_pairs, head.weight.shape[0])
     x, divisor = hidden.reshape(-1, hidden.shape[-1]), a.pairs.divisor or n_pairs
-    wanted = a.wanted | STATISTIC_BITS["log_sum_sq_probs"] * a.wpo | STATISTIC_BITS["lse"] * (a.z_loss_weight > 0)
+    wanted = a.wanted | STATISTIC_BITS["log_sum_sq_probs"] * a.wpo | STATISTIC_BITS["lse"] * (z_loss_weight > 0)
     made = iter(out.tokens.statistics)
     statistics = {
         each.name: next(made) if STATISTIC_BITS[each.name] & a.wanted else torch.empty_like(out.tokens.logps)
         for each in named_statistics(wanted)
     }
-    tokens = _Tokens.zeros(out.tokens._replace(statistics=list(statistics.values())))
+    tokens = _zeros(out.tokens._replace(statistics=list(statistics.values())))
     for tensor in out.losses:
         tensor.zero_()  # of pairs that take no part
     buffer = hidden.new_empty((min(batch.fit, max(batch.sizes, default=0)), head.weight.shape[0]))
     n_tiles = sum(
         math.ceil(size / batch.fit) for (_, pairs), size in zip(batch.groups, batch.sizes, strict=True) if pairs
     )
-    sums = HeadSums(head, x, a.need, n_tiles, shapes.early_type(hidden))
+    early_type = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype  # as allocated
+    sums = HeadSums(head, x, needs, n_tiles, early_type)
     squares = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for group, size in zip(batch.groups, batch.sizes, strict=True):
         rows = batch.rows(group[0])
@@ -322,7 +317,7 @@ def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
         for part in tiles:
             z = buffer[: part.shape[0]]
             head_logits(head, x[part], z)
-            tokens.forward(z, a.rows, part, wanted)
+            _fill(tokens, z, a.rows, part, wanted)
         counts = torch.tensor([batch.counts[s] for s in group[0]], device=hidden.device)
         weighted = tokens.logps[rows].double() * batch.factors[rows]
         values = torch.segment_reduce(weighted, "sum", lengths=counts, initial=0)
@@ -340,34 +335,37 @@ def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
         found = pairs.losses(values, batch.loss, seq_weights, hidden.dtype is not torch.float64)
         for all_pairs, value in zip(out.losses[1:], found[1:], strict=True):
             all_pairs[pairs.numbers] = value.to(all_pairs.dtype)
-        lse = statistics["lse"].view(-1)[rows] if a.z_loss_weight > 0 else None
+        lse = statistics["lse"].view(-1)[rows] if z_loss_weight > 0 else None
         if lse is not None:
             squares += lse.double().square().sum()
-        if not any(a.need):
+        if not any(needs):
             continue
         g = pairs.gradient(values, found.pair_grads)
         by_row = torch.repeat_interleave(g / divisor, counts) * batch.factors[rows]
-        z_share = 2 * a.z_loss_weight / max(batch.n_tokens, 1) * n_pairs / divisor
-        row_grads = Grads(by_row.to(tokens.logps.dtype), None, None if lse is None else lse * z_share)
+        z_share = 2 * z_loss_weight / max(batch.n_tokens, 1) * n_pairs / divisor
+        of_statistics = () if lse is None else tuple(lse * z_share if s.name == "lse" else None for s in STATISTICS)
+        row_grads = Grads(by_row.to(tokens.logps.dtype), of_statistics)
         _group_gradients(sums, x, tiles, buffer, a.rows, tokens, row_grads)
-    total = out.losses.losses.double().sum() + squares * (a.z_loss_weight / max(batch.n_tokens, 1) * n_pairs)
+    total = out.losses.losses.double().sum() + squares * (z_loss_weight / max(batch.n_tokens, 1) * n_pairs)
     out.losses.loss.copy_(total / divisor)
-    grads = sums.result(a.head)
+    grads = sums.result(whole_head)
     grads = grads if grads.hidden is None else grads._replace(hidden=grads.hidden.view(hidden.shape))
-    return out._replace(grad=grads)
+    return LinearDPOResult(out, grads)
 
 
 def _group_gradients(
-    sums: HeadSums, x: Tensor, tiles: list[Tensor], buffer: Tensor, rows: Rows, tokens: _Tokens, grad: Grads
+    sums: HeadSums, x: Tensor, tiles: list[Tensor], buffer: Tensor, rows: Rows, tokens: TokenResult, grad: Grads
 ) -> None:
     """Adds a group's gradients; grad: of its rows, in the tiles' order. Logits of a single tile are still there."""
-    scale = range_scale([grad.logps, grad.lse], x.dtype)
+    incoming = (grad.logps, *grad.statistics)
+    scale = range_scale(incoming, x.dtype)
     start = 0
     for part in tiles:
         z, h, end = buffer[: part.shape[0]], x[part], start + part.shape[0]
         if len(tiles) > 1:  # a pair too large for the budget: its logits are made again
             head_logits(sums.head, h, z)
-        local = Grads(*[None if g is None else g[start:end] if scale is None else g[start:end] * scale for g in grad])
-        _logits_gradient(z, _part(rows, part), tokens.logps[part], tokens.stats[part], None, local)
+        local = [None if g is None else g[start:end] if scale is None else g[start:end] * scale for g in incoming]
+        grads = Grads(local[0], tuple(local[1:]))
+        _logits_gradient(z, _part(rows, part), tokens.logps[part], tokens.stats[part], None, grads)
         sums.add(z, h, part, 1.0 if scale is None else 1 / scale)
         start = end

@@ -59,8 +59,7 @@ class Grads(NamedTuple):
     """Incoming gradients."""
 
     logps: Tensor | None = None  # as targets
-    entropy: Tensor | None = None  # one per row
-    lse: Tensor | None = None  # one per row
+    statistics: tuple[Tensor | None, ...] = ()  # one per row, for each of STATISTICS; empty: for none
     seq_logps: Tensor | None = None  # [S]
     loss: Tensor | None = None  # []
     losses: Tensor | None = None  # [P]
@@ -74,16 +73,7 @@ class Head(NamedTuple):
     lora_a: Tensor | None  # [r, H]
     lora_b: Tensor | None  # [V, r]
     lora_scaling: float
-
-
-class Needs(NamedTuple):
-    """Which inputs of the head want a gradient."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora_a: bool
-    lora_b: bool
+    budget: int  # bytes for tiles of logits
 
 
 # --- arguments of the operators ---------------------------------------------------------------------------------------
@@ -149,13 +139,10 @@ class PreferenceBackward(NamedTuple):
 
 
 class LinearTokenForward(NamedTuple):
-    """Of hidden states [S, T, H] or [N, H]."""
+    """Of hidden states [S, T, H] or [N, H]; `keep`: logits, as many as the budget allows."""
 
     head: Head
-    rows: Rows
-    wanted: int
-    budget: int
-    keep: bool  # logits, as many as the budget allows
+    tokens: TokenForward
     compact: bool
 
 
@@ -167,24 +154,17 @@ class LinearTokenBackward(NamedTuple):
     saved: Saved
     buffer: Tensor | None  # kept logits, written over
     grad: Grads
-    budget: int
     compact: bool
-    need: Needs
+    needs: tuple[bool, ...]  # which of HEAD_INPUTS want a gradient
 
 
 class LinearDPOForward(NamedTuple):
     """Of hidden states; gradients for an incoming gradient of 1 are made at once."""
 
     head: Head
-    rows: Rows
-    seqs: Sequences
-    pairs: Pairs
-    ref_logps: Tensor | None
-    wpo: bool
+    dpo: DPOForward
     z_loss_weight: float
-    wanted: int
-    budget: int
-    need: Needs
+    needs: tuple[bool, ...]  # as above
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -202,8 +182,7 @@ class SequenceResult(NamedTuple):
     """Of a sequence forward."""
 
     seq_logps: Tensor
-    logps: Tensor
-    stats: Any  # Tensor; None where nothing is kept
+    tokens: TokenResult
     seq_saved: Tensor | None
 
 
@@ -246,15 +225,16 @@ class HeadGradients(NamedTuple):
 class LinearDPOResult(NamedTuple):
     """Of a loss from hidden states."""
 
-    losses: PreferenceResult
-    seq_logps: Tensor
-    tokens: TokenResult
+    dpo: DPOResult
     grad: HeadGradients
+
+
+HEAD_INPUTS = HeadGradients._fields
 
 
 # --- schemas and parsing ----------------------------------------------------------------------------------------------
 
-_PREFIXED = ("saved", "grad", "loss", "need")
+_PREFIXED = ("saved", "grad", "loss")
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -264,7 +244,9 @@ _SCHEMA_TYPES = {
     bool: "bool",
     tuple[int, ...]: "int[]",
     tuple[float, ...]: "float[]",
+    tuple[bool, ...]: "bool[]",
     list[Tensor]: "Tensor[]",
+    tuple[Tensor | None, ...]: "Tensor?[]",
 }
 
 
@@ -298,8 +280,9 @@ def _parts(record: Any) -> tuple[Any, ...]:
     return _PARTS[record]
 
 
-# By record: see `_parts`. A table, because torch.compile cannot ask for type hints.
+# By record: see `_parts`, and the names of its leaves. Tables, because torch.compile cannot ask for type hints.
 _PARTS: dict[Any, tuple[Any, ...]] = {}
+_NAMES: dict[Any, list[str]] = {}
 
 
 def parse(record: Any, values: Iterator[Any]) -> Any:
@@ -324,7 +307,7 @@ class Operator(NamedTuple):
 
     def argument_names(self) -> list[str]:
         """The names behind the leading tensor, as in the schema."""
-        return [name for name, _ in _leaves(self.arguments)]
+        return _NAMES[self.arguments]
 
     def schema(self) -> str:
         """Its arguments and results, as torch.library writes them."""
@@ -361,6 +344,7 @@ for _operator in OPERATORS:
     for _record in (_operator.arguments, _operator.result):
         if _is_record(_record):
             _parts(_record)
+            _NAMES[_record] = [_name for _name, _ in _leaves(_record)]
 
 # By device type and operator: the function (leading tensor, record) -> result that does it (register.py).
 DIRECT: dict[str, dict[str, Any]] = {}
@@ -375,10 +359,10 @@ def call(operator: Operator, tensor: Tensor, arguments: Any) -> Any:
     if (
         not torch.compiler.is_compiling()
         and tensor.__class__ in PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
+        and not _modes_on_the_stack()
+        and _tracing_state() is None
     ):
-        direct = DIRECT.get(tensor.device.type)
+        direct = DIRECT.get("cpu" if tensor.is_cpu else tensor.device.type)
         if direct is not None:
             return direct[operator.name](tensor, arguments)
     found = getattr(torch.ops.dpo_fast, operator.name)(tensor, *flatten(arguments))
@@ -386,3 +370,4 @@ def call(operator: Operator, tensor: Tensor, arguments: Any) -> Any:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+_modes_on_the_stack, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import STATISTIC_BITS, LogitOptions, named_statistics
+from dpo_fast._checks import STATISTIC_BITS, LogitOptions, named_statistics, of_statistic
 from dpo_fast._torch import shapes
 from dpo_fast._torch.operators import (
     PREFERENCE_FORWARD,
@@ -36,23 +36,17 @@ from dpo_fast._torch.sequences import (
     check_pair_numbers,
     count_targets,
     kept_rows,
+    refuse_bad_rows,
     spread_to_rows,
     sum_by_sequence,
     token_factors,
+    vocab_size,
     wide_type,
     wpo_weights,
 )
 
 # Logits of a chunk, which exist a few times over in float32.
 CHUNK_LOGITS = 1 << 24
-
-
-class _Targets(NamedTuple):
-    """The targets of rows, and which rows count."""
-
-    places: Tensor  # [..., K]: columns
-    kept: Tensor  # [...]
-    bad: Tensor  # [..., K]: outside the vocabulary, of rows that count
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -64,24 +58,23 @@ def _chunks(logits: Tensor) -> Iterator[tuple[Any, ...]]:
             yield (part,) if seq is None else (seq, part)
 
 
-def bad_targets(logits: Tensor, rows: Rows) -> _Targets:
-    """The targets, with those outside the vocabulary marked, or refused where DPO_FAST_CHECK=1 asks for it."""
+def _targets(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets [..., K], which rows count [...], and which targets of these are outside the vocabulary [..., K].
+
+    Raises:
+        IndexError: there are such, and DPO_FAST_CHECK=1.
+    """
+    if os.environ.get("DPO_FAST_CHECK") == "1":
+        refuse_bad_rows(logits, rows)
     targets, weights = rows.targets, rows.token_weights
-    vocab = rows.options.valid_vocab or logits.shape[-1]
     index = targets.long() if targets.dim() == logits.dim() else targets.long().unsqueeze(-1)
     kept = kept_rows(index, rows.options.ignore_index, None).all(-1)
     if rows.row_mask is not None:
         kept = kept & (rows.row_mask != 0)
     if weights is not None:
         kept = kept & (weights != 0)
-    bad = kept.unsqueeze(-1) & ((index < 0) | (index >= vocab))
-    if os.environ.get("DPO_FAST_CHECK") == "1" and bad.any():
-        place = bad.nonzero()[0].tolist()
-        raise IndexError(
-            f"target {index[tuple(place)].item()} at position {place[: targets.dim()]} is outside [0, {vocab}) and is "
-            f"not ignore_index"
-        )
-    return _Targets(index, kept, bad)
+    vocab = vocab_size(logits.shape[-1], rows.options)
+    return index, kept, kept.unsqueeze(-1) & ((index < 0) | (index >= vocab))
 
 
 def _transform(x: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | float]:
@@ -111,24 +104,24 @@ def _statistic(name: str, x: Tensor, z: Tensor, logp: Tensor, total: Tensor, shi
 def _rows_forward(logits: Tensor, rows: Rows, out: TokenResult, wanted: int) -> None:
     """Fills the results of a token forward."""
     options, wide = rows.options, wide_type(logits.dtype)
-    targets = bad_targets(logits, rows)
-    zero = torch.zeros((), dtype=wide, device=logits.device)
-    logps = out.logps.view(targets.places.shape)
+    targets, all_kept, bad = _targets(logits, rows)
+    zero, vocab = torch.zeros((), dtype=wide, device=logits.device), vocab_size(logits.shape[-1], options)
+    logps = out.logps.view(targets.shape)
     for part in _chunks(logits):
-        x, kept = logits[part].to(wide)[..., : options.valid_vocab or None], targets.kept[part]
+        x, kept = logits[part].to(wide)[..., :vocab], all_kept[part]
         z, _ = _transform(x, options)
         shift = z.amax(-1, keepdim=True)
         total = torch.exp(z - shift).sum(-1, keepdim=True)
         logp = (z - shift) - total.log()
-        y = targets.places[part].clamp(0, x.shape[-1] - 1)
-        gathered = logp.gather(-1, y).masked_fill(targets.bad[part], float("nan"))
+        y = targets[part].clamp(0, vocab - 1)
+        gathered = logp.gather(-1, y).masked_fill(bad[part], float("nan"))
         logps[part] = torch.where(kept.unsqueeze(-1), gathered, zero)
         if out.stats is not None:
             out.stats[part] = torch.where(kept.unsqueeze(-1), torch.cat([shift, 1 / total], -1), zero)
         for each, values in zip(named_statistics(wanted), out.statistics, strict=True):
-            found = _statistic(each.name, x, z, logp, total, shift, targets.places[part])
+            found = _statistic(each.name, x, z, logp, total, shift, targets[part])
             if each.per_target:
-                values.view(targets.places.shape)[part] = kept.unsqueeze(-1) & found
+                values.view(targets.shape)[part] = kept.unsqueeze(-1) & found
             else:
                 values[part] = torch.where(kept, found, zero)
 
@@ -151,30 +144,33 @@ def _weighted_rows(a: RowsBackward) -> Tensor:
 def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
     """Fills grad, which may be the logits."""
     options, saved, wide = a.rows.options, a.saved, wide_type(logits.dtype)
-    targets = bad_targets(logits, a.rows)
-    vocab = options.valid_vocab or logits.shape[-1]
+    targets, kept, bad = _targets(logits, a.rows)
+    vocab = vocab_size(logits.shape[-1], options)
     zero = torch.zeros((), dtype=wide, device=logits.device)
-    g = torch.zeros(targets.places.shape, dtype=wide, device=logits.device)
+    g = torch.zeros(targets.shape, dtype=wide, device=logits.device)
     if a.grad.logps is not None:
         g = g + a.grad.logps.view(g.shape)
     if a.grad.seq_logps is not None or a.grad.loss is not None or a.grad.losses is not None:
         g = g + _weighted_rows(a).unsqueeze(-1)
-    of_rows = [torch.zeros_like(targets.kept, dtype=wide) if h is None else h.to(wide) for h in a.grad[1:3]]
-    moved = targets.kept & ((g != 0).any(-1) | (of_rows[0] != 0) | (of_rows[1] != 0))
+    of_rows = [
+        torch.zeros_like(kept, dtype=wide) if h is None else h.to(wide)
+        for h in (of_statistic("entropy", a.grad.statistics), of_statistic("lse", a.grad.statistics))
+    ]
+    moved = kept & ((g != 0).any(-1) | (of_rows[0] != 0) | (of_rows[1] != 0))
     logps = saved.logps.view(g.shape).to(wide)
     for part in _chunks(logits):
         z, slope = _transform(logits[part].to(wide)[..., :vocab], options)
         stat, g_entropy, g_lse = saved.stats[part], of_rows[0][part].unsqueeze(-1), of_rows[1][part].unsqueeze(-1)
         d = z - stat[..., :1]
         p = torch.exp(d) * stat[..., 1:]
-        each = g[part].masked_fill(targets.bad[part], float("nan"))
+        each = g[part].masked_fill(bad[part], float("nan"))
         dz = p * (g_lse - each.sum(-1, keepdim=True))
-        y = targets.places[part].clamp(0, vocab - 1)
+        y = targets[part].clamp(0, vocab - 1)
         # at a target 1 - p is formed by expm1: a confident token keeps its small gradient
         dz.scatter_add_(-1, y, each)
         if y.shape[-1] == 1:
             dz.scatter_(-1, y, g_lse * p.gather(-1, y) - each * torch.expm1(logps[part]))
-        if a.grad.entropy is not None and saved.entropy is not None:
+        if saved.entropy is not None and of_statistic("entropy", a.grad.statistics) is not None:
             logp = torch.where(p == 0, torch.zeros_like(p), d + stat[..., 1:].log())
             dz -= g_entropy * p * (logp + saved.entropy[part].to(wide).unsqueeze(-1))
         grad[part][..., :vocab] = torch.where(moved[part].unsqueeze(-1), dz * slope, zero).to(grad.dtype)
@@ -196,8 +192,8 @@ def _sums(logits: Tensor, rows: Rows, seqs: Any, logps: Tensor) -> Tensor:
 
 def sequence_forward(logits: Tensor, a: SequenceForward) -> SequenceResult:
     out = shapes.sequence_forward(logits, a)
-    _rows_forward(logits, a.rows, TokenResult(out.logps, out.stats, []), 0)
-    out.seq_logps.copy_(_sums(logits, a.rows, a.seqs, out.logps))
+    _rows_forward(logits, a.rows, out.tokens, 0)
+    out.seq_logps.copy_(_sums(logits, a.rows, a.seqs, out.tokens.logps))
     return out
 
 

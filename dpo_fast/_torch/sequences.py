@@ -11,8 +11,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import IGNORE_NOTHING
+from dpo_fast._checks import IGNORE_NOTHING, LogitOptions
 from dpo_fast._native import has_cuda_kernels
+from dpo_fast._torch.operators import Rows
+
+
+def vocab_size(width: int, options: LogitOptions) -> int:
+    """The columns that count."""
+    return options.valid_vocab or width
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -82,6 +88,18 @@ def refuse_bad_targets(targets: Tensor, kept: Tensor, vocab: int) -> None:
         raise IndexError(
             f"target {targets[tuple(place)].item()} at position {place} is outside [0, {vocab}) and is not ignore_index"
         )
+
+
+def refuse_bad_rows(logits: Tensor, rows: Rows) -> None:
+    """The same for checked rows of logits."""
+    targets, row_mask, weights, options = rows
+    several = (1,) * (targets.dim() - logits.dim() + 1)  # one target of a row that is ignored drops all of them
+    kept = kept_rows(targets, options.ignore_index, None)
+    kept = kept.all(-1, keepdim=True) if several else kept
+    for mask in (row_mask, weights):
+        if mask is not None:
+            kept = kept & (mask != 0).view(mask.shape + several)
+    refuse_bad_targets(targets, kept, vocab_size(logits.shape[-1], options))
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:

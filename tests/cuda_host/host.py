@@ -167,7 +167,15 @@ class Losses(_Struct):
 
 
 class Grads(_Struct):
-    _fields_ = [(n, c_void_p) for n in ("token_logps", "entropy", "lse", "seq_logps", "loss", "losses")]
+    _fields_ = [
+        ("token_logps", c_void_p),
+        ("statistics", c_void_p * len(STATISTICS)),
+        *[(n, c_void_p) for n in ("seq_logps", "loss", "losses")],
+    ]
+
+    def __init__(self, **values: Any) -> None:
+        statistics = (c_void_p * len(STATISTICS))(*[values.pop(name, None) for name in STATISTICS])
+        super().__init__(statistics=statistics, **values)
 
 
 class GradTensor(_Struct):
