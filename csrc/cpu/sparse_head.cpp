@@ -179,6 +179,10 @@ struct RowSelection {
   bool select(int64_t row, Scratch& s) const {
     const double allowed = in.allowed[row], p = std::exp((double)in.logps[row]), inv_sum = in.stats[2 * row + 1];
     out.skipped[row] = 0;
+    if (in.grads[row] == 0) {  // no entry, whatever its logits hold
+      memset(out.counts + row * column_blocks(rows.vocab), 0, column_blocks(rows.vocab) * sizeof *out.counts);
+      return true;
+    }
     if (!(allowed >= 0) || !std::isfinite(in.grads[row]) || !std::isfinite(in.logps[row]) || !(inv_sum > 0) ||
         !std::isfinite(inv_sum) || !std::isfinite(in.stats[2 * row]))
       return leave_dense(row);
