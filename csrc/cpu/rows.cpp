@@ -164,7 +164,12 @@ void finish_ignored_row(const CpuRows& rows, int64_t row, const TokenArrays& out
     if (out.statistics[i] && i != kStatistic_is_top1) store_number(out.statistics[i], row, 0, rows.wide);
 }
 
-void stream_zeros(char* x, int64_t bytes) {
+// Logits larger than this are no longer in a cache when backward comes to them; memory of this size comes fresh from
+// the system, since the C library keeps no piece so large for the next call.
+static constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
+// Zeros past the caches: an ordinary store would first read the line that it overwrites.
+static void stream_zeros(char* x, int64_t bytes) {
 #if defined(__SSE2__)
   const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(x) & 15, bytes);
   memset(x, 0, head);

@@ -65,11 +65,4 @@ void backward_piece(const CpuRows& rows, int64_t row, int64_t piece, const Token
 // Before the first write to fresh memory, if it is large: its pages may come 2 MiB at a time (Linux).
 void advise_huge_pages(char* x, int64_t bytes);
 
-// Memory larger than this is not in a cache when it is read again; of this size it comes fresh from the system, since the
-// C library keeps no piece so large for the next call.
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
-
-// Zeros past the caches: an ordinary store would first read the line that it overwrites.
-void stream_zeros(char* x, int64_t bytes);
-
 }  // namespace dpo_fast

@@ -278,7 +278,7 @@ void sparse_times_table(const RowKernels& isa, const SparseRows& rows, int logit
       for (int64_t row = t; row < n_rows; row += threads) {
         const int64_t start = rows.positions[block * n_rows + row], end = rows.positions[block * n_rows + row + 1];
         if (end > start)
-          gather(rows.columns + start, rows.values + start, end - start, table, stride, width, out + row * width, kAdd);
+          gather(rows.columns + start, rows.values + start, end - start, table, stride, width, out + row * width, true);
       }
   }
 }
@@ -319,9 +319,7 @@ int64_t largest_block(const SparseRows& rows) {
 void sparse_transposed_times_table(const RowKernels& isa, const SparseRows& rows, int logit_type, const void* table,
                                    int64_t stride, int64_t width, bool add, int threads, float* out) {
   const auto gather = sparse_kernels(isa).gather[logit_type];
-  const int64_t blocks = column_blocks(rows.vocab), most = largest_block(rows), bytes = width * sizeof(float);
-  const bool stream = rows.vocab * bytes > kStreamBytes;
-  const GatherInto into = add ? kAdd : stream ? kStream : kWrite;
+  const int64_t blocks = column_blocks(rows.vocab), most = largest_block(rows);
   threads = team(threads);
   std::vector<BlockByColumn> scratch;
   scratch.reserve(threads);
@@ -337,11 +335,9 @@ void sparse_transposed_times_table(const RowKernels& isa, const SparseRows& rows
       const int64_t end = entries.ends[c];
       float* sum = out + (base + c) * width;
       if (end > start)
-        gather(&entries.row[start], &entries.value[start], end - start, table, stride, width, sum, into);
-      else if (into == kStream)
-        stream_zeros((char*)sum, bytes);
-      else if (into == kWrite)
-        memset(sum, 0, bytes);
+        gather(&entries.row[start], &entries.value[start], end - start, table, stride, width, sum, add);
+      else if (!add)
+        memset(sum, 0, width * sizeof(float));
       start = end;
     }
   }

@@ -29,9 +29,6 @@ constexpr int64_t kCandidateSlack = 64;
 
 inline int64_t column_blocks(int64_t vocab) { return (vocab + kBlockColumns - 1) / kBlockColumns; }
 
-// What becomes of the sums: added to what is there, written, or written past the caches.
-enum GatherInto { kAdd, kWrite, kStream };
-
 // The functions of one instruction set. Of types they exist for float32, bfloat16 and float16 (null for float64).
 struct SparseKernels {
   const char* isa;
@@ -41,9 +38,9 @@ struct SparseKernels {
   // p and dz/dx of n raw logits; p may not be `x`, slopes may. half: the shorter exponential, as the row kernels take it.
   void (*probabilities[kTransformKinds])(const float* x, int64_t n, const LogitTransform& transform, double shift,
                                          double inv_sum, bool half, float* p, float* slopes);
-  // out[0, width) = (kAdd: out +) sum_i values[i] * table[index[i]], rows of a table of `stride` elements.
+  // out[0, width) = (add: out +) sum_i values[i] * table[index[i]], rows of a table of `stride` elements.
   void (*gather[kLogitTypes])(const int32_t* index, const float* values, int64_t n, const void* table, int64_t stride,
-                              int64_t width, float* out, GatherInto into);
+                              int64_t width, float* out, bool add);
 };
 
 // Those of a set of row kernels.

@@ -153,49 +153,31 @@ void probabilities(const float* x, int64_t n, const LogitTransform& transform, d
 
 // --- sums of rows of a table -----------------------------------------------------------------------------------------
 
-// Past the caches: an ordinary store would first read the line that it overwrites.
-DPO_FAST_INLINE void stream_vector(float* p, VecF v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, v);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, v);
-#elif defined(__SSE2__)
-  _mm_stream_ps(p, v);
-#else
-  store_vector(p, v);
-#endif
-}
-
 template <class Io, int kVectors>
 DPO_FAST_INLINE void gather_slice(const int32_t* index, const float* values, int64_t n,
-                                  const typename Io::Storage* table, int64_t stride, float* out, GatherInto into) {
+                                  const typename Io::Storage* table, int64_t stride, float* out, bool add) {
+  // unrolled, or the sums would live in memory
   VecF sum[kVectors];
 #pragma GCC unroll 32
-  for (int k = 0; k < kVectors; ++k) sum[k] = into == kAdd ? load_vector<VecF>(out + k * kLanes) : splat<VecF>(0);
+  for (int k = 0; k < kVectors; ++k) sum[k] = add ? load_vector<VecF>(out + k * kLanes) : splat<VecF>(0);
   for (int64_t i = 0; i < n; ++i) {
     const typename Io::Storage* row = table + index[i] * stride;
     const VecF value = splat<VecF>(values[i]);
 #pragma GCC unroll 32
     for (int k = 0; k < kVectors; ++k) sum[k] = multiply_add(value, load_floats<Io>(row + k * kLanes), sum[k]);
   }
-  if (into == kStream) {
 #pragma GCC unroll 32
-    for (int k = 0; k < kVectors; ++k) stream_vector(out + k * kLanes, sum[k]);
-  } else {
-#pragma GCC unroll 32
-    for (int k = 0; k < kVectors; ++k) store_vector(out + k * kLanes, sum[k]);
-  }
+  for (int k = 0; k < kVectors; ++k) store_vector(out + k * kLanes, sum[k]);
 }
 
 template <class Io>
 void gather(const int32_t* index, const float* values, int64_t n, const void* rows, int64_t stride, int64_t width,
-            float* out, GatherInto into) {
+            float* out, bool add) {
   const typename Io::Storage* table = (const typename Io::Storage*)rows;
-  if (into == kStream && (uintptr_t)out % kVectorBytes != 0) into = kWrite;
   int64_t at = 0;
 #define DPO_FAST_SLICES(kVectors)                                                       \
   for (; at + (kVectors)*kLanes <= width; at += (kVectors)*kLanes)                      \
-  gather_slice<Io, (kVectors)>(index, values, n, table + at, stride, out + at, into)
+  gather_slice<Io, (kVectors)>(index, values, n, table + at, stride, out + at, add)
   DPO_FAST_SLICES(kSlice);
   DPO_FAST_SLICES(kSlice / 2);
   DPO_FAST_SLICES(kSlice / 4);
@@ -204,7 +186,7 @@ void gather(const int32_t* index, const float* values, int64_t n, const void* ro
   if (at == width) return;
   const int64_t rest = width - at;
   VecF sum = splat<VecF>(0);
-  if (into == kAdd) memcpy(&sum, out + at, rest * sizeof(float));
+  if (add) memcpy(&sum, out + at, rest * sizeof(float));
   for (int64_t i = 0; i < n; ++i)
     sum = multiply_add(splat<VecF>(values[i]), load_few<Io>(table + index[i] * stride + at, rest), sum);
   memcpy(out + at, &sum, rest * sizeof(float));

@@ -93,7 +93,7 @@ class HeadSums:
             if dz.dtype is not torch.float16:  # its range is too small for what B has made of dz
                 du = du.to(dz.dtype)
             if self.needs["lora_a"]:
-                self.add_product("lora_a", du.t(), hidden.to(du.dtype))
+                self._sum("lora_a", du.t(), hidden.to(du.dtype))
             if grad is not None:
                 grad = grad + du @ head.lora_a.to(du.dtype)
         if self.hidden is not None and grad is not None:
@@ -103,11 +103,11 @@ class HeadSums:
         """Adds to the gradients of the head's rows: weight, bias and LoRA's B."""
         head, needs = self.head, self.needs
         if needs["weight"]:
-            self.add_product("weight", dz.t(), hidden, scale)
+            self._sum("weight", dz.t(), hidden, scale)
         if needs["bias"]:
             self._put("bias", dz.sum(0, dtype=wide_type(dz.dtype)), scale)
         if needs["lora_b"] and head.lora_a is not None:
-            self.add_product("lora_b", dz.t(), hidden @ head.lora_a.t(), scale * head.lora_scaling)
+            self._sum("lora_b", dz.t(), hidden @ head.lora_a.t(), scale * head.lora_scaling)
 
     def add_columns(
         self, kind: str, columns: Tensor, dz: Tensor, hidden: Tensor, rows: Tensor, scale: Tensor | float
@@ -136,7 +136,7 @@ class HeadSums:
             self.sums[name] = torch.empty(shape, dtype=wide_type(like.dtype), device=like.device)
         return self.sums[name], has_sums
 
-    def add_product(self, name: str, a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> None:
+    def _sum(self, name: str, a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> None:
         """Adds a @ b times `scale` to a sum."""
         if name in self.sums and isinstance(scale, float) and a.dtype in (torch.float32, torch.float64):
             self.sums[name].addmm_(a, b, alpha=scale)

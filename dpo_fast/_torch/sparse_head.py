@@ -268,7 +268,7 @@ def _add_to_hidden(sums: HeadSums, tile: Tile, dz: SparseRows) -> None:
     if head.lora_a is not None and head.lora_b is not None:
         du = dz.times(head.lora_b) * head.lora_scaling
         if sums.needs["lora_a"]:
-            sums.add_product("lora_a", du.t(), tile.hidden.float())
+            sums._sum("lora_a", du.t(), tile.hidden.float())
         if grad is not None:
             grad = grad.addmm_(du, head.lora_a.float())
     if grad is not None and sums.hidden is not None:
