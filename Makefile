@@ -39,7 +39,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@touch $@
 
 demo: $(VENV)/built
-	$(BIN)/python examples/train_dpo.py $(DEMO)
+	$(BIN)/python examples/demo.py $(DEMO)
 
 # A worker for each processor: threads of their own would wait for each other (tests of threads ask for them).
 test: $(VENV)/built

@@ -96,31 +96,37 @@ def rounds_of(steps: dict[str, Callable[[], float]], device: str, rounds: int) -
 
 
 def demo_steps(args: argparse.Namespace) -> Found:
-    """The demo's step: naive, from logits in place, and with the LM head inside the loss."""
+    """The demo's step: naive, from logits in place, with the head inside the loss, and packed with shared prompts."""
+    import demo
+    import language_model
     import preference_data
-    import train_dpo
+
+    import dpo_fast
 
     device = torch.device(args.device)
-    model, tokenizer = train_dpo.load_model(*train_dpo.find_model(None), device)
+    model, tokenizer = language_model.load_model(*language_model.find_model(None), device)
     records = preference_data.read_preferences(DATA)
     pairs, _ = preference_data.choose_pairs(DATA, records, tokenizer, args.pairs, args.max_length, random.Random(0))
-    batch = preference_data.collate(pairs, tokenizer.pad_token_id or 0, device)
-    ref_logps = train_dpo.sequence_logps(model, [batch], torch.float32, "Reference").flatten()
+    refs = dpo_fast.reference_logps(model, pairs, progress=False)
+    where, numbers = dpo_fast.SequenceNumbers(pairs), list(range(len(pairs)))
+    padded = {name: value.to(device) for name, value in dpo_fast.padded_batch(pairs, 0).items()}
+    packed = dpo_fast.packed_batch(pairs, share_prompts=True, mask="none")
+    packed = {name: value.to(device) for name, value in packed.items()}
+    ref_logps, packed_refs = refs.to(device), refs[where(numbers, share_prompts=True)].to(device)
+    inputs = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "use_cache": False}
+    head, layout = dpo_fast.head_options(model), {name: packed[name] for name in ("targets", "pairs", "cu_seqlens")}
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
-    def step_of(head: str, name: str) -> Callable[[], float]:
-        options = argparse.Namespace(head=head, dtype=torch.float32)
-        loss_function = train_dpo.losses_of(model, options)[name]
-
+    def step_of(run: Callable[[], Any], loss_of: Callable[[Any], Any]) -> Callable[[], float]:
         def step() -> float:
-            outputs = train_dpo.forward(model, batch, torch.float32, head)
-            train_dpo.synchronize(device)
+            outputs = run()
+            synchronize(device)
             started = time.perf_counter()
             # apart from the model, so that the loss can be timed
             leaf = outputs.detach().requires_grad_()
-            loss_function(leaf, batch.targets, ref_logps, 0.1).loss.backward()
-            train_dpo.synchronize(device)
+            loss_of(leaf).backward()
+            synchronize(device)
             seconds = time.perf_counter() - started
             outputs.backward(leaf.grad)
             optimizer.step()
@@ -129,25 +135,41 @@ def demo_steps(args: argparse.Namespace) -> Found:
 
         return step
 
+    def logits() -> Any:
+        return model(**inputs).logits
+
+    def hidden() -> Any:
+        return model.base_model(**inputs).last_hidden_state
+
+    synchronize = demo.synchronize
     steps = {
-        "naive": step_of("logits", "naive"),
-        "dpo_fast, logits in place": step_of("logits", "dpo_fast"),
-        "dpo_fast, fused head": step_of("fused", "dpo_fast"),
+        "naive": step_of(logits, lambda x: demo.naive_loss(x, padded["targets"], ref_logps, 0.1)),
+        "dpo_fast, logits in place": step_of(
+            logits, lambda x: dpo_fast.dpo_loss(x, padded["targets"], ref_logps, inplace_backward=True).loss
+        ),
+        "dpo_fast, fused head": step_of(
+            hidden,
+            lambda x: dpo_fast.linear_dpo_loss(x, targets=padded["targets"], ref_logps=ref_logps, **head).loss,
+        ),
+        "dpo_fast, packed, shared prompts": step_of(
+            lambda: dpo_fast.packed_hidden(model, packed),
+            lambda x: dpo_fast.linear_dpo_loss(x, ref_logps=packed_refs, **layout, **head).loss,
+        ),
     }
     return rounds_of(steps, args.device, args.rounds)
 
 
 def trl_steps(args: argparse.Namespace) -> Found:
     """One training step of TRL's DPOTrainer, without and with `use_dpo_fast`."""
-    import train_dpo
+    import language_model
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer
 
     from dpo_fast.integrations.trl import use_dpo_fast
 
     device = torch.device(args.device)
-    model, tokenizer = train_dpo.load_model(*train_dpo.find_model(None), device)
-    ref_model, _ = train_dpo.load_model(*train_dpo.find_model(None), device)
+    model, tokenizer = language_model.load_model(*language_model.find_model(None), device)
+    ref_model, _ = language_model.load_model(*language_model.find_model(None), device)
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,

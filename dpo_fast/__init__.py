@@ -16,15 +16,21 @@ if TYPE_CHECKING:
     from dpo_fast.logps import selective_log_softmax, sequence_logps, token_logps
     from dpo_fast.losses import dpo_loss, preference_loss
     from dpo_fast.outputs import DPOOutput, TokenOutput
+    from dpo_fast.packing import head_options, packed_hidden, shared_prompts
+    from dpo_fast.sampler import PackedSampler, packed_lengths
+    from dpo_fast.scoring import SequenceNumbers, reference_logps
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "DPOOutput": "outputs",
+    "PackedSampler": "sampler",
+    "SequenceNumbers": "scoring",
     "TokenOutput": "outputs",
     "completion_targets": "collate",
     "dpo_loss": "losses",
     "get_num_threads": "_native",
+    "head_options": "packing",
     "in_batch_negatives": "collate",
     "in_batch_pairs": "collate",
     "ld_dpo_weights": "ld_dpo",
@@ -33,20 +39,27 @@ _MODULE_OF = {
     "linear_sequence_logps": "linear",
     "linear_token_logps": "linear",
     "packed_batch": "collate",
+    "packed_hidden": "packing",
+    "packed_lengths": "sampler",
     "padded_batch": "collate",
     "preference_loss": "losses",
+    "reference_logps": "scoring",
     "selective_log_softmax": "logps",
     "sequence_logps": "logps",
     "set_num_threads": "_native",
+    "shared_prompts": "packing",
     "token_logps": "logps",
 }
 
 __all__ = [
     "DPOOutput",
+    "PackedSampler",
+    "SequenceNumbers",
     "TokenOutput",
     "completion_targets",
     "dpo_loss",
     "get_num_threads",
+    "head_options",
     "in_batch_negatives",
     "in_batch_pairs",
     "ld_dpo_weights",
@@ -55,16 +68,20 @@ __all__ = [
     "linear_sequence_logps",
     "linear_token_logps",
     "packed_batch",
+    "packed_hidden",
+    "packed_lengths",
     "padded_batch",
     "preference_loss",
+    "reference_logps",
     "selective_log_softmax",
     "sequence_logps",
     "set_num_threads",
+    "shared_prompts",
     "token_logps",
 ]
 
 
-_MODULES = ("integrations", "numpy", "ops", "reference")
+_MODULES = ("integrations", "numpy", "ops", "packing", "reference")
 
 
 def __getattr__(name: str) -> Any:

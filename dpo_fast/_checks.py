@@ -272,6 +272,11 @@ def of_statistic(name: str, values: Sequence[Any]) -> Any:
     return values[_STATISTIC_NAMES.index(name)] if values else None
 
 
+def only_statistic(name: str, value: Any) -> tuple[Any, ...]:
+    """The values of all statistics where this one alone has one."""
+    return tuple([value if each == name else None for each in _STATISTIC_NAMES])
+
+
 def statistic(name: str, wanted: int, values: Sequence[Any]) -> Any:
     """The one of this name among the values of the statistics wanted, None where it is not."""
     bit = STATISTIC_BITS[name]

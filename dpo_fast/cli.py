@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,17 @@ def info() -> list[tuple[str, str]]:
             how = "native kernels" if _native.has_cuda_kernels() else "plain torch, in chunks of rows"
             lines.append((f"cuda:{i} will use", f"{how} ({torch.cuda.get_device_name(i)})"))
         lines.append(("other devices use", "plain torch, in chunks of rows"))
+        lines.append(("packed batches", packing_masks()))
     return lines
+
+
+def packing_masks() -> str:
+    """How the mask of a packed batch is chosen."""
+    from dpo_fast._packing.models import DENSE_UP_TO, DENSE_UP_TO_ELSEWHERE, ENVIRONMENT
+
+    chosen = os.environ.get(ENVIRONMENT, "auto")
+    rule = f"sdpa dense up to {DENSE_UP_TO['cpu']} rows on the cpu, {DENSE_UP_TO_ELSEWHERE} elsewhere, then in runs"
+    return f"mask {chosen} ({ENVIRONMENT}); auto: {rule}"
 
 
 def run_bench(device: str, compile_: bool) -> None:

@@ -171,30 +171,36 @@ def packed_batch(
     max_length: int | None = None,
     truncation: str = "keep_start",
     share_prompts: bool = False,
+    mask: str = "dense",
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
-    """Examples as one row without padding.
+    """Examples as one row without padding; `packed_hidden` runs it through a model.
 
     Args:
         examples, max_length, truncation, ignore_index: as for `padded_batch`.
         share_prompts: a prompt stands once, before all its completions, instead of once for each; the last token of
             the prompt is repeated before each completion, because that row predicts the completion's first token.
-            Needs the attention_mask that is returned, and a model that takes it.
+        mask: "dense": with share_prompts also attention_mask [1, 1, N, N], bool (N * N bytes): row n may look at
+            column m. "none": no mask is built; `packed_hidden` makes what the model needs from spans.
 
     Returns:
-        input_ids, position_ids and targets [1, N], cu_seqlens [S + 1] (the bounds of the sequences' rows) and pairs
-        [P, 2]; int64. With share_prompts also attention_mask [1, 1, N, N], bool: row n may look at column m.
+        input_ids, position_ids and targets [1, N], cu_seqlens [S + 1] (the bounds of the sequences' rows), spans
+        [S, 3] and pairs [P, 2]; int64. A sequence looks at rows spans[s, 0] to spans[s, 1] (its prompt, end
+        excluded) and at its own from spans[s, 2] to cu_seqlens[s + 1].
 
     Raises:
-        ValueError: as `padded_batch`; with share_prompts also when truncation cuts one prompt in different ways.
+        ValueError: as `padded_batch`; an unknown mask; with share_prompts also when truncation cuts one prompt in
+            different ways.
     """
+    if mask not in ("dense", "none"):
+        raise ValueError(f"mask must be 'dense' or 'none', found {mask!r}")
     sequences, pairs, owners = _sequences(examples, max_length, truncation)
     order = sorted(range(len(sequences)), key=lambda s: owners[s]) if share_prompts else list(range(len(sequences)))
     place = {s: i for i, s in enumerate(order)}
     input_ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
-    bounds, prefixes = [0], []  # prefixes: (start, end) of what each sequence shares, and where its own rows start
+    bounds, spans = [0], []
     for i, s in enumerate(order):
         prompt, completion = sequences[s]
         first = not share_prompts or i == 0 or owners[order[i - 1]] != owners[s]
@@ -209,7 +215,7 @@ def packed_batch(
             targets += [ignore_index] * (len(prompt) - 1)
             shared = (start, len(input_ids))
         own = [prompt[-1], *completion]
-        prefixes.append((*shared, len(input_ids)))
+        spans.append((*shared, len(input_ids)))
         positions += range(len(prompt) - 1, len(prompt) + len(completion))
         targets += [*completion, ignore_index]
         input_ids += own
@@ -219,16 +225,17 @@ def packed_batch(
         "position_ids": torch.tensor([positions]),
         "targets": torch.tensor([targets]),
         "cu_seqlens": torch.tensor(bounds),
+        "spans": torch.tensor(spans),
         "pairs": torch.tensor([[place[c], place[d]] for c, d in pairs]),
     }
-    if share_prompts:
+    if share_prompts and mask == "dense":
         N = len(input_ids)
-        mask = torch.zeros(N, N, dtype=torch.bool)
-        for (start, end, own_start), stop in zip(prefixes, bounds[1:], strict=True):
-            mask[start:end, start:end] = True
-            mask[own_start:stop, start:end] = True
-            mask[own_start:stop, own_start:stop] = True
-        batch["attention_mask"] = mask.tril()[None, None]
+        visible = torch.zeros(N, N, dtype=torch.bool)
+        for (start, end, own_start), stop in zip(spans, bounds[1:], strict=True):
+            visible[start:end, start:end] = True
+            visible[own_start:stop, start:end] = True
+            visible[own_start:stop, own_start:stop] = True
+        batch["attention_mask"] = visible.tril()[None, None]
     return batch
 
 

@@ -1,39 +1,17 @@
-"""Preference pairs for the demo: reading and checking them, token ids, and right-padded batches."""
+"""Preference pairs for the examples: reading and checking them, and their token ids."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-
-import dpo_fast
+Example = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids, as dpo_fast's batches take them
 
 
 class DemoError(Exception):
     """What the user can put right; its message is printed alone, without a traceback."""
-
-
-@dataclass
-class Pair:
-    """One preference as token ids: a prompt with the chosen and with the rejected completion."""
-
-    chosen: list[int]
-    rejected: list[int]
-    n_prompt: int
-
-
-class Batch(NamedTuple):
-    """Right-padded sequences, the chosen ones in the first half and the rejected ones in the second."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    targets: Tensor
 
 
 def check_messages(record: dict[str, Any], key: str) -> None:
@@ -100,8 +78,14 @@ def read_preferences(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return records
 
 
-def tokenize(tokenizer: Any, record: dict[str, Any], max_length: int) -> Pair | None:
-    """Turns a preference into token ids, cut to max_length; None when a completion has no token left."""
+def tokenize(
+    tokenizer: Any, record: dict[str, Any], max_length: int, max_prompt_length: int | None = None
+) -> Example | None:
+    """Turns a preference into token ids; None when a completion has no token left.
+
+    Prompts lose their beginning beyond max_prompt_length; then prompt and completion together lose their end beyond
+    max_length. Both completions keep one prompt, so that it can be shared.
+    """
     import jinja2
 
     def render(messages: list[dict[str, str]], opens_answer: bool = False) -> str:
@@ -115,70 +99,42 @@ def tokenize(tokenizer: Any, record: dict[str, Any], max_length: int) -> Pair | 
 
     prompt_text = render(record["prompt"], opens_answer=True)
     prompt = encode(prompt_text)
-    sequences = []
+    prompt = prompt[-max_prompt_length:] if max_prompt_length else prompt
+    completions = {}
     for key in ("chosen", "rejected"):
         text = render(record["prompt"] + record[key])
         if not text.startswith(prompt_text):
             raise ValueError(f'the model\'s chat template changes the prompt when "{key}" follows')
-        sequences.append((prompt + encode(text[len(prompt_text) :]))[:max_length])
-    if any(len(sequence) <= len(prompt) for sequence in sequences):
-        return None
-    chosen, rejected = sequences
-    return Pair(chosen, rejected, len(prompt))
+        completions[f"{key}_ids"] = encode(text[len(prompt_text) :])[: max(0, max_length - len(prompt))]
+    return {"prompt_ids": prompt, **completions} if all(completions.values()) else None
 
 
 def choose_pairs(
     path: Path,
     records: list[tuple[int, dict[str, Any]]],
     tokenizer: Any,
-    n_wanted: int,
+    n_wanted: int | None,
     max_length: int,
     rng: random.Random,
-) -> tuple[list[Pair], int]:
+    max_prompt_length: int | None = None,
+) -> tuple[list[Example], int]:
     """Takes up to n_wanted usable pairs in random order; returns them and the number of pairs skipped on the way."""
-    pairs: list[Pair] = []
+    examples: list[Example] = []
     n_skipped = 0
     for number, record in rng.sample(records, len(records)):
-        if len(pairs) == n_wanted:
+        if len(examples) == n_wanted:
             break
         try:
-            pair = tokenize(tokenizer, record, max_length)
+            example = tokenize(tokenizer, record, max_length, max_prompt_length)
         except ValueError as error:
             raise DemoError(f"{path}, line {number}: {error}") from None
-        if pair is None:
+        if example is None:
             n_skipped += 1
         else:
-            pairs.append(pair)
-    if not pairs:
+            examples.append(example)
+    if not examples:
         raise DemoError(
             f"{path}: no completion has a token left within --max-length {max_length} in any of the {n_skipped} pairs, "
             "the prompts fill it; give a larger --max-length"
         )
-    return pairs, n_skipped
-
-
-def batches_of(n_pairs: int, batch_size: int, steps: int, rng: random.Random) -> list[list[int]]:
-    """Draws the pairs' numbers for each step, through all pairs in a new order each epoch."""
-
-    def endless() -> Iterator[int]:
-        while True:
-            yield from rng.sample(range(n_pairs), n_pairs)
-
-    numbers = endless()
-    return [[next(numbers) for _ in range(batch_size)] for _ in range(steps)]
-
-
-def collate(pairs: list[Pair], pad_token_id: int, device: torch.device) -> Batch:
-    """Pads a batch on the right and marks what the loss counts: the completions' tokens."""
-    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    shape = (len(sequences), max(map(len, sequences)))
-    input_ids = torch.full(shape, pad_token_id)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    completion_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, (sequence, pair) in enumerate(zip(sequences, pairs * 2, strict=True)):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[row, : len(sequence)] = 1
-        completion_mask[row, pair.n_prompt : len(sequence)] = 1
-    # the targets fit the logits as the model returns them: no logits[:, :-1], no shifted labels
-    targets = dpo_fast.completion_targets(input_ids, completion_mask)
-    return Batch(input_ids.to(device), attention_mask.to(device), targets.to(device))
+    return examples, n_skipped

@@ -14,8 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from datasets import load_dataset
+from language_model import find_model, load_model
 from preference_data import DemoError
-from train_dpo import find_model, load_model
 from trl import DPOConfig, DPOTrainer
 
 from dpo_fast.integrations.trl import use_dpo_fast  # <- dpo_fast

@@ -90,6 +90,27 @@ def test_shared_prompts():
     assert mask[12].nonzero().flatten().tolist() == [7, 10, 11, 12]
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_spans_say_what_the_mask_says(share):
+    batch = dpo_fast.packed_batch(EXAMPLES, share_prompts=share)
+    bare = dpo_fast.packed_batch(EXAMPLES, share_prompts=share, mask="none")
+    assert "attention_mask" not in bare
+    assert all(torch.equal(batch[key], value) for key, value in bare.items())
+    spans, stops, ids = batch["spans"], batch["cu_seqlens"][1:], batch["input_ids"][0]
+    expected = [[0, 2, 2], [0, 2, 5], [7, 8, 8], [7, 8, 10], [7, 8, 13]]
+    assert not share or spans.tolist() == expected
+    mask = batch["attention_mask"][0, 0] if share else torch.ones(len(ids), len(ids)).bool()
+    found = []
+    for (start, end, own), stop in zip(spans.tolist(), stops.tolist(), strict=True):
+        found.append(ids[[*range(start, end), *range(own, stop)]].tolist())
+        assert not share or mask[stop - 1].nonzero().flatten().tolist() == [*range(start, end), *range(own, stop)]
+    padded = dpo_fast.padded_batch(EXAMPLES, 0)
+    rows = [row[kept.bool()].tolist() for row, kept in zip(padded["input_ids"], padded["attention_mask"], strict=True)]
+    assert found == ([rows[s] for s in (0, 2, 1, 3, 4)] if share else rows)
+    with pytest.raises(ValueError, match="mask must be 'dense' or 'none', found 'blocks'"):
+        dpo_fast.packed_batch(EXAMPLES, mask="blocks")
+
+
 @pytest.fixture(scope="module")
 def model():
     transformers = pytest.importorskip("transformers")

@@ -131,9 +131,11 @@ SAVED = KernelSaved(1, 1, 1, 1, 1)
 NO_GRADS = KernelGrads(None, (), None, None, None)
 
 
-def some_rows(logits: int | None = 1, targets: int | None = 1, width: int = 5, **others: object) -> KernelRows:
+def some_rows(
+    logits: int | None = 1, targets: int | None = 1, width: int = 5, valid_vocab: int = 0, **others: object
+) -> KernelRows:
     """Three sequences of one row."""
-    options = (-100, 1.0, 1.0, 0.0, 0)
+    options = (-100, 1.0, 1.0, 0.0, valid_vocab)
     rows = KernelRows(0, 3, 1, width, width, width, 1, 1, options, logits, targets, None, None, False)
     return rows._replace(**others)
 
@@ -153,6 +155,7 @@ def refused_calls(cuda) -> dict[str, tuple[object, ...]]:
         return (dpo, rows, SEQS, pairs, LOSS, PLACE, None, wpo, ref, False, logps, stats, found, *end)
 
     def backward(saved=SAVED, out=OUT, pairs=PAIRS, scratch=1, **grads):
+        grads["statistics"] = statistics(**{name: grads.pop(name, None) for name in ("entropy", "lse")})
         return (cuda.backward, rows, SEQS, pairs, PLACE, scratch, saved, NO_GRADS._replace(**grads), out)
 
     def number(name):
@@ -183,7 +186,9 @@ def refused_calls(cuda) -> dict[str, tuple[object, ...]]:
     calls |= {f"pair_{name}": whole(pairs=number(name)) for name in _cpu.pair_numbers()}
     calls |= {f"statistic {name}": whole(found=statistics(**{name: 0})) for name in _cpu.token_statistics()}
     losses = {f"losses {name}": whole(end=(1, LOSSES._replace(**{name: 0}), 1)) for name in LOSSES._fields}
-    grads = {f"grad_{name}": backward(**{name: 0}) for name in NO_GRADS._fields}
+    grads = {
+        f"grad_{name}": backward(**{name: 0}) for name in (*NO_GRADS._fields, "entropy", "lse") if name != "statistics"
+    }
     absent = {
         "logits None": (token, some_rows(logits=None), PLACE, None, 1, 1, None),
         "scratch None": (token, some_rows(width=40000), PLACE, None, 1, 1, None),

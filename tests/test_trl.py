@@ -461,15 +461,16 @@ def smollm2(tmp_path_factory):
     examples = Path(__file__).resolve().parent.parent / "examples"
     sys.path.insert(0, str(examples))
     try:
-        import train_dpo
+        import language_model
+        import preference_data
     finally:
         sys.path.remove(str(examples))
     try:
-        found = train_dpo.find_model(None)
-    except train_dpo.DemoError as error:
+        found = language_model.find_model(None)
+    except preference_data.DemoError as error:
         pytest.skip(str(error))
-    policy, tokenizer = train_dpo.load_model(*found, torch.device("cpu"))
-    ref_model, _ = train_dpo.load_model(*found, torch.device("cpu"))
+    policy, tokenizer = language_model.load_model(*found, torch.device("cpu"))
+    ref_model, _ = language_model.load_model(*found, torch.device("cpu"))
     with torch.no_grad():  # a policy that is not its reference
         policy.model.layers[-1].mlp.down_proj.weight.mul_(1.05)
     trainer = trl.DPOTrainer(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import STATISTICS, named_statistics, statistic
+from dpo_fast._checks import STATISTICS, named_statistics, only_statistic, statistic
 from dpo_fast._torch.operators import (
     DPO_FORWARD,
     LINEAR_DPO_FORWARD,
@@ -203,7 +203,9 @@ class DPOLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, loss: Maybe, losses: Maybe, seq_logps: Maybe, *others: Maybe) -> tuple[Any, ...]:
-        statistics = _differentiable(ctx.wanted, others[3:]) if ctx.wanted else ()
+        # of the statistics lse alone, for the z-loss: in a compiled graph the others have zeros
+        lse = statistic("lse", ctx.wanted, others[3:]) if ctx.wanted else None
+        statistics = () if lse is None else only_statistic("lse", lse)
         grad = Grads(None, statistics, seq_logps, loss, losses)
         if loss is None and losses is None and seq_logps is None and not statistics:
             return None, None, None, None
@@ -365,4 +367,4 @@ def _token_gradients(ctx: Any, loss: Maybe, losses: Maybe, seq_logps: Maybe) -> 
     share = 2 * ctx.z_loss_weight * n_pairs / (pairs.divisor or n_pairs)
     lse = torch.where(live, ctx.lse, torch.zeros_like(ctx.lse))
     g_lse = lse * (loss * share / live.sum().clamp(min=1))
-    return Grads(g, tuple([g_lse if each.name == "lse" else None for each in STATISTICS]))
+    return Grads(g, only_statistic("lse", g_lse))

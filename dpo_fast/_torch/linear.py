@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast._checks import STATISTIC_BITS, STATISTICS, named_statistics
+from dpo_fast._checks import STATISTIC_BITS, named_statistics, only_statistic
 from dpo_fast._loss.options import LossOptions, PairNumbers, tokens_per_pair
 from dpo_fast._torch import shapes
 from dpo_fast._torch.head import HeadSums, head_logits, range_scale, trimmed
@@ -362,7 +362,7 @@ def linear_dpo_forward(hidden: Tensor, arguments: LinearDPOForward) -> LinearDPO
         g = pairs.gradient(values, found.pair_grads)
         by_row = torch.repeat_interleave(g / divisor, counts) * batch.factors[rows]
         z_share = 2 * z_loss_weight / max(batch.n_tokens, 1) * n_pairs / divisor
-        of_statistics = () if lse is None else tuple(lse * z_share if s.name == "lse" else None for s in STATISTICS)
+        of_statistics = () if lse is None else only_statistic("lse", lse * z_share)
         row_grads = Grads(by_row.to(tokens.logps.dtype), of_statistics)
         allowed = allowance(head, needs, row_grads, size)
         skipped.count(by_row)
