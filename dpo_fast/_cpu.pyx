@@ -361,9 +361,9 @@ def column_blocks(int64_t vocab):
 
 
 def select_sparse(object rows, int threads, object logps, object stats, object grads, object allowed, object selected):
-    """Fills `selected` (KernelSelected) with the gradient of logits [rows, V], of adjacent columns and one target a row,
-    all of them kept, from logps [rows], stats [rows, 2] and the gradients of the log-probs [rows]. Each row leaves out a
-    softmax mass of at most allowed [rows] (all but the target from 1 on; below 0 the row is dense). All are float32.
+    """Fills `selected` (KernelSelected) with the gradient of logits [rows, V], of adjacent columns and one target a
+    row, all of them kept, from logps [rows], stats [rows, 2] and the gradients of the log-probs [rows]. Each row leaves
+    out a mass of at most allowed [rows] (all but the target from 1 on; below 0 the row is dense). All are float32.
     Returns the number of entries, or -1 where most rows looked at are dense: nothing is promised about `selected` then.
 
     Raises:
@@ -402,7 +402,9 @@ def pack_sparse(object selected, int threads, object sparse):
         c_pack_sparse(rows, threads, out)
 
 
-def sparse_times_table(object sparse, int logit_type, object table, int64_t stride, int64_t width, int threads, object out):
+def sparse_times_table(
+    object sparse, int logit_type, object table, int64_t stride, int64_t width, int threads, object out
+):
     """out [rows, width] (float32) = sparse [rows, V] @ table [V, width], whose rows are `stride` elements apart.
 
     Raises:

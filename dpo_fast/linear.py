@@ -156,11 +156,11 @@ def linear_token_logps(
         bias: [V].
         lora: (A [r, H], B [V, r], scaling): adds scaling * (hidden @ A.T) @ B.T to the logits.
         outputs, options: as for `token_logps`.
-        grad_tolerance: at least 0 and below 1. The softmax mass that gradients may leave out: with g_n the gradient that
-            comes in for a log-prob and m_n the mass left out of its row, sum_n |g_n| m_n <= grad_tolerance * sum_n |g_n|;
-            never the target's. One number, or a pair: for the gradients of hidden and A, and for those of weight, bias and
-            B. 0 (the default), float64 and rows with gradients of other statistics are exact. docs/accuracy.md says
-            what error follows, docs/performance.md what it saves. `skipped` tells what was left out.
+        grad_tolerance: at least 0 and below 1: the softmax mass that gradients may leave out, never the target's. With
+            g_n the gradient that comes in for a log-prob and m_n the mass left out of its row,
+            sum_n |g_n| m_n <= grad_tolerance * sum_n |g_n|. One number, or a pair: for the gradients of hidden and A,
+            and for those of weight, bias and B. Exact are 0 (the default), float64, compact=False, and calls with
+            gradients of other statistics. docs/accuracy.md says what error follows; `skipped` what was left out.
         memory_budget: bytes for tiles of logits (default 256 MiB on the CPU, 1 GiB elsewhere; at least 32 rows are
             taken at a time). Logits that fit stay until backward, the rest is computed again; see `linear_plan`.
         compact: drop ignored rows before the products. False keeps all shapes independent of the data and reads nothing
@@ -175,7 +175,9 @@ def linear_token_logps(
     """
     hidden, targets = plain_tensors(("hidden", "targets"), (hidden, targets))
     rows = Rows(targets, None, None, only_logit_keywords("linear_token_logps", options))
-    found = _tokens(hidden, weight, bias, lora, rows, wanted_statistics(outputs), memory_budget, compact, grad_tolerance)
+    found = _tokens(
+        hidden, weight, bias, lora, rows, wanted_statistics(outputs), memory_budget, compact, grad_tolerance
+    )
     return TokenOutput(**{name: found[name] for name in found if name != "logps" or "logps" in outputs})
 
 

@@ -94,7 +94,9 @@ def left_out(p, targets, exact, found_dz):
 def logit_gradient(z, targets, grad, tolerance, **options):
     """The gradient of the logits behind the others: with unit vectors as hidden states, it is the head's gradient."""
     leaf = z.T.contiguous().requires_grad_()
-    out = dpo_fast.linear_token_logps(torch.eye(len(z), dtype=z.dtype), leaf, targets, grad_tolerance=tolerance, **options)
+    out = dpo_fast.linear_token_logps(
+        torch.eye(len(z), dtype=z.dtype), leaf, targets, grad_tolerance=tolerance, **options
+    )
     out.logps.backward(grad)
     return out, leaf.grad.T
 

@@ -42,11 +42,11 @@ const SparseKernels& sparse_kernels(const RowKernels& isa) {
 
 namespace {
 
-// How far the kept mass, a sum of float32 numbers, may be from the truth: the sum of the forward pass (float32 over 2048
-// logits), 1 / sum and every p; half types' p come from the shorter exponential (docs/accuracy.md).
+// How far the kept mass, a sum of float32 numbers, may be from the truth: the sum of the forward pass (float32 over
+// 2048 logits), 1 / sum and every p; half types' p come from the shorter exponential (docs/accuracy.md).
 constexpr double kMassError = 1e-5, kHalfMassError = 3e-5;
-// Candidates are at first those above the allowed mass times this: at most 1024 more than are kept. Where they do not hold
-// enough, the next cut is guessed for this part of the allowed mass.
+// Candidates are at first those above the allowed mass times this: at most 1024 more than are kept. Where they do not
+// hold enough, the next cut is guessed for this part of the allowed mass.
 constexpr double kFirstCut = 1.0 / 1024, kSafety = 0.8;
 // Rows looked at before all others.
 constexpr int64_t kSampleRows = 16;
@@ -103,8 +103,8 @@ struct RowSelection {
                                                rows.logit_type != kFloat32, p, slopes);
   }
 
-  // Candidates without the target, among which are the largest bins that hold `needed`: the lowest of these bins and the
-  // mass of all of them; -1 where the row does not hold so much, or not in as few entries as it may keep.
+  // Candidates without the target, among which are the largest bins that hold `needed`: the lowest of these bins and
+  // the mass of all of them; -1 where the row does not hold so much, or not in as few entries as it may keep.
   int find_cut(int64_t row, double needed, double allowed, Scratch& s, int64_t* n, double* kept) const {
     const int64_t target = rows.targets[row];
     const double lowest = allowed / (4.0 * rows.vocab);
@@ -220,8 +220,7 @@ bool select_sparse(const RowKernels& isa, const Rows& given, const SparseInput& 
   scratch.reserve(threads);
   for (int t = 0; t < threads; ++t) scratch.emplace_back(rows.vocab);
   int64_t looked_at = 0, dense = 0;
-  for (int64_t row = step / 2; row < rows.n_rows; row += step, ++looked_at)
-    dense += !selection.select(row, scratch[0]);
+  for (int64_t row = step / 2; row < rows.n_rows; row += step, ++looked_at) dense += !selection.select(row, scratch[0]);
   if (2 * dense > looked_at) return false;
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)

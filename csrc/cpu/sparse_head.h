@@ -2,14 +2,15 @@
 //
 //   dz[n, v] = g_n * (1[v = y_n] - p[n, v]) * dz/dx      p = softmax(z[n])
 //
-// A trained model's p is almost all 0. Of each row the largest entries are kept, as many as it takes for the mass of the
-// rest, m_n = sum of the p[n, v] left out, to be within what the row may skip; y_n is always kept.
+// A trained model's p is almost all 0. Of each row the largest entries are kept, as many as it takes for the mass of
+// the rest, m_n = sum of the p[n, v] left out, to be within what the row may skip; y_n is always kept.
 //
 // a) The mass left out is 1 minus the mass kept: only the kept entries' exponentials are needed, and the pass over the
 //    logits is one comparison. What that difference loses to rounding (kMassError) is taken off the allowance.
 // b) The cut is found on a histogram of p by exponent and its next bits, over candidates whose bound is loosened until
 //    they hold enough mass. It depends on the row alone.
-// c) Rows that would keep too much (flat ones), or whose numbers are not finite, are left dense: `counts` says so and the
+// c) Rows that would keep too much (flat ones), or whose numbers are not finite, are left dense: `counts` says so and
+// the
 //    caller takes them through the dense product.
 // d) The products take entries by blocks of columns: a block of the head, or of its gradient, stays in the second-level
 //    cache while all rows use it. Entries are packed in that order, or every visit of a row would cost pages.
@@ -35,7 +36,8 @@ struct SparseKernels {
   // Columns and values (float32) of those of n adjacent logits above `cut`; returns their number. Both arrays have room
   // for n + kCandidateSlack.
   int64_t (*candidates[kLogitTypes])(const void* x, int64_t n, float cut, int32_t* columns, float* values);
-  // p and dz/dx of n raw logits; p may not be `x`, slopes may. half: the shorter exponential, as the row kernels take it.
+  // p and dz/dx of n raw logits; p may not be `x`, slopes may. half: the shorter exponential, as the row kernels take
+  // it.
   void (*probabilities[kTransformKinds])(const float* x, int64_t n, const LogitTransform& transform, double shift,
                                          double inv_sum, bool half, float* p, float* slopes);
   // out[0, width) = (add: out +) sum_i values[i] * table[index[i]], rows of a table of `stride` elements.
@@ -65,15 +67,17 @@ struct SparseRows {
 
 // What selection reads beside the logits, which have one target a row, all of them kept.
 struct SparseInput {
-  const float* logps;    // [rows] of the targets
-  const float* stats;    // [rows, 2]: shift and 1 / sum
-  const float* grads;    // [rows], of the log-probs
-  const float* allowed;  // [rows], the mass that a row may skip; 1 or more: all but the target, below 0: the row is dense
+  const float* logps;  // [rows] of the targets
+  const float* stats;  // [rows, 2]: shift and 1 / sum
+  const float* grads;  // [rows], of the log-probs
+  const float*
+      allowed;  // [rows], the mass that a row may skip; 1 or more: all but the target, below 0: the row is dense
 };
 
 // Fills `out`. False, with nothing promised about it: of some rows looked at first most are dense, so that all may as
 // well be.
-bool select_sparse(const RowKernels& isa, const Rows& rows, const SparseInput& in, int threads, const SelectedRows& out);
+bool select_sparse(const RowKernels& isa, const Rows& rows, const SparseInput& in, int threads,
+                   const SelectedRows& out);
 
 // How many entries there are.
 int64_t count_entries(const SelectedRows& rows);

@@ -1,4 +1,5 @@
-// The SIMD functions of sparse_head.h. setup.py compiles this file once per instruction set, with DPO_FAST_ISA naming it.
+// The SIMD functions of sparse_head.h. setup.py compiles this file once per instruction set, with DPO_FAST_ISA naming
+// it.
 #include "sparse_head.h"
 #include "transform.h"
 
@@ -175,8 +176,8 @@ void gather(const int32_t* index, const float* values, int64_t n, const void* ro
             float* out, bool add) {
   const typename Io::Storage* table = (const typename Io::Storage*)rows;
   int64_t at = 0;
-#define DPO_FAST_SLICES(kVectors)                                                       \
-  for (; at + (kVectors)*kLanes <= width; at += (kVectors)*kLanes)                      \
+#define DPO_FAST_SLICES(kVectors)                                      \
+  for (; at + (kVectors) * kLanes <= width; at += (kVectors) * kLanes) \
   gather_slice<Io, (kVectors)>(index, values, n, table + at, stride, out + at, add)
   DPO_FAST_SLICES(kSlice);
   DPO_FAST_SLICES(kSlice / 2);

@@ -1,4 +1,5 @@
-// The logit transform (row_math.h) on vectors of one instruction set. As simd.h, private to the objects compiled for it.
+// The logit transform (row_math.h) on vectors of one instruction set. As simd.h, private to the objects compiled for
+// it.
 #pragma once
 
 #include "rows.h"

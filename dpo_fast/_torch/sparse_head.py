@@ -4,9 +4,9 @@ With g_n the gradient of a row's log-prob and m_n the softmax mass that the row 
 
     sum_n |g_n| m_n <= tolerance * sum_n |g_n|
 
-for each of the two kinds of products: into the hidden states (and LoRA's A) and into the head (weight, bias, LoRA's B). On
-the CPU rows become sparse (csrc/cpu/sparse_head.h); elsewhere columns are left out that no row of the tile misses, and the
-products stay dense. Gradients of statistics, float64 and what cannot be left out go the exact way.
+for each of the two kinds of products: into the hidden states (and LoRA's A) and into the head (weight, bias, LoRA's B).
+On the CPU rows become sparse (csrc/cpu/sparse_head.h); elsewhere columns are left out that no row of the tile misses,
+and the products stay dense. Gradients of statistics, float64 and what cannot be left out go the exact way.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ KINDS = {"hidden": ("hidden", "lora_a"), "weight": ("weight", "bias", "lora_b")}
 # Below this, rounding takes what could be left out (kHalfMassError in csrc/cpu/sparse_head.cpp).
 LEAST_TOLERANCE = 4e-5
 
-# A row is kept sparse up to this share of the columns, where the dense product would cost as much: measured with AVX-512
-# and AVX2 at 49152 x 576 (docs/performance.md). bfloat16 has instructions of its own for dense products.
+# A row is kept sparse up to this share of the columns, where the dense product would cost as much: measured with
+# AVX-512 and AVX2 at 49152 x 576 (docs/performance.md). bfloat16 has instructions of its own for dense products.
 DENSE_FROM = {"float": 1 / 5, "bfloat16 dot products": 1 / 10, "bfloat16 tiles": 1 / 20}
+# So few dense rows would cost as much as many, by one read of the head and one of its gradient: they stay sparse up to
+# the share below.
+FEW_DENSE = 8
 # Dense columns are gathered up to this share.
 GATHER_BELOW = 0.6
 
@@ -71,7 +74,7 @@ def allowance(head: Head, needs: tuple[bool, ...], grad: Grads, counted: Tensor 
 
 
 def _masses(grad: Tensor, tolerance: float, counted: Tensor | int) -> Tensor:
-    """Each row may leave out the tolerance; one whose |g| is below half the tolerance times the mean all but its target.
+    """Each row may leave out the tolerance; one whose |g| is below half of it times the mean, all but its target.
 
     These rows' |g| is at most half of what may be left out altogether, and is taken off the others' share.
     """
@@ -164,9 +167,9 @@ class Selected(NamedTuple):
 
     def arguments(self) -> KernelSelected:
         """As the kernels take it."""
+        columns, values, counts, skipped = (tensor.data_ptr() for tensor in self[:4])
         n_rows, most = self.columns.shape
-        addresses = [tensor.data_ptr() for tensor in self[:4]]
-        return KernelSelected(*addresses, n_rows, self.vocab, most)
+        return KernelSelected(columns, values, counts, skipped, n_rows, self.vocab, most)
 
 
 class SparseRows:
@@ -177,13 +180,12 @@ class SparseRows:
         self.columns = torch.empty(max(n_entries, 1), dtype=torch.int32)
         self.values = torch.empty(max(n_entries, 1))
         self.positions = torch.empty(n_rows * n_blocks + 1, dtype=torch.int64)
-        addresses = [tensor.data_ptr() for tensor in (self.columns, self.values, self.positions)]
-        self.arguments = KernelSparse(*addresses, n_rows, selected.vocab, n_entries)
+        columns, values, positions = (tensor.data_ptr() for tensor in (self.columns, self.values, self.positions))
+        self.arguments = KernelSparse(columns, values, positions, n_rows, selected.vocab, n_entries)
         _cpu.pack_sparse(selected.arguments(), torch.get_num_threads(), self.arguments)
 
-    def _table(self, table: Tensor) -> tuple[Any, ...]:
-        width = table.shape[1]
-        return self.arguments, LOGIT_TYPES[table.dtype], table.data_ptr(), table.stride(0), width
+    def _table(self, table: Tensor) -> tuple[KernelSparse, int, int, int, int]:
+        return self.arguments, LOGIT_TYPES[table.dtype], table.data_ptr(), table.stride(0), table.shape[1]
 
     def times(self, table: Tensor) -> Tensor:
         """[R, W] (float32) = rows @ table [V, W]."""
@@ -216,10 +218,10 @@ def _dense_from(dtype: torch.dtype) -> float:
     return DENSE_FROM["bfloat16 dot products" if has_dot else "float"]
 
 
-def _select(tile: Tile, allowed: Tensor) -> tuple[Selected, int] | None:
+def _select(tile: Tile, allowed: Tensor, dense_from: float) -> tuple[Selected, int] | None:
     """A tile's largest entries and their number; None where most rows would be dense."""
     n_rows, vocab = tile.z.shape
-    most = max(1, int(vocab * _dense_from(tile.z.dtype)))
+    most = max(1, int(vocab * dense_from))
     selected = Selected(
         torch.empty((n_rows, most), dtype=torch.int32),
         torch.empty((n_rows, most)),
@@ -228,13 +230,19 @@ def _select(tile: Tile, allowed: Tensor) -> tuple[Selected, int] | None:
         vocab,
     )
     at, float32 = Addresses(), torch.float32
-    given = (tile.logps, tile.stats, tile.grad, allowed)
-    addresses = [at(name, x, float32) for name, x in zip(("logps", "stats", "grad", "allowed"), given, strict=True)]
-    found = _cpu.select_sparse(at.rows(tile.z, tile.rows), torch.get_num_threads(), *addresses, selected.arguments())
+    logps, stats, grad = (at("saved", x, float32) for x in (tile.logps, tile.stats, tile.grad))
+    masses, rows, threads = at("allowed", allowed, float32), at.rows(tile.z, tile.rows), torch.get_num_threads()
+    found = _cpu.select_sparse(rows, threads, logps, stats, grad, masses, selected.arguments())
     return None if found < 0 else (selected, found)
 
 
 def _add_sparse(sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: Any) -> Tensor | None:
+    return _add_sparse_rows(sums, tile, allowed, logits_gradient, _dense_from(tile.z.dtype))
+
+
+def _add_sparse_rows(
+    sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: Any, dense_from: float
+) -> Tensor | None:
     given = {kind: each for kind, each in zip(KINDS, allowed, strict=True) if each is not None}
     # the stricter kind first: a row that it leaves dense is dense for both, and no other is
     order = sorted(given, key=lambda kind: given[kind].clamp(max=1).amin().item())
@@ -245,7 +253,7 @@ def _add_sparse(sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient:
             chosen[kind] = first
             continue
         masses = given[kind] if first is None else given[kind].masked_fill(first[0].counts[:, 0] < 0, _DENSE)
-        found = _select(tile, masses)
+        found = _select(tile, masses, dense_from)
         if found is None:
             return None
         chosen[kind] = found
@@ -257,8 +265,29 @@ def _add_sparse(sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient:
         (_add_to_hidden if kind == "hidden" else _add_to_weight)(sums, tile, packed[id(selected)])
         left_out[list(KINDS).index(kind)] = (tile.grad.double().abs() * selected.skipped).sum()
     dense = (chosen[order[0]][0].counts[:, 0] < 0).nonzero().squeeze(-1)
+    if (
+        0 < dense.shape[0] <= FEW_DENSE
+        and len(chosen) == len(given) == _kinds_needed(sums)
+        and dense_from < GATHER_BELOW
+    ):
+        few = tile._replace(
+            z=tile.z[dense],
+            hidden=tile.hidden[dense],
+            numbers=tile.numbers[dense],
+            rows=tile.rows._replace(targets=tile.rows.targets[dense]),
+            logps=tile.logps[dense],
+            stats=tile.stats[dense],
+            grad=tile.grad[dense],
+        )
+        of_few = _add_sparse_rows(sums, few, allowed.of(dense), logits_gradient, GATHER_BELOW)
+        if of_few is not None:
+            return left_out + of_few
     _add_dense_rows(sums, tile, dense, [kind for kind in KINDS if kind not in chosen], logits_gradient)
     return left_out
+
+
+def _kinds_needed(sums: HeadSums) -> int:
+    return sum(any(sums.needs[name] for name in names) for names in KINDS.values())
 
 
 def _add_to_hidden(sums: HeadSums, tile: Tile, dz: SparseRows) -> None:
