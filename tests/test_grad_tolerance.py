@@ -31,6 +31,11 @@ def instruction_set(name):
         _cpu.set_isa(before)
 
 
+@pytest.fixture(autouse=True)
+def _sparse_whatever_pays(monkeypatch):
+    monkeypatch.setattr(sparse_head, "_sparse_pays", lambda dtype: True)
+
+
 @pytest.fixture(params=["sparse rows", "columns"])
 def way(request, monkeypatch):
     """Both ways of leaving out, on CPU tensors."""
@@ -145,7 +150,7 @@ def test_every_instruction_set(isa, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_half_types(isa, dtype):
+def test_half_types(isa, dtype, way):
     hidden, weight, bias, targets = problem("peaked", dtype)
     grad, tolerance = incoming(), 2**-8
     with instruction_set(isa):
@@ -349,6 +354,14 @@ def test_skipped_is_not_a_number_before_backward():
     assert out.skipped.shape == ()
     assert out.skipped.isnan()
     assert dpo_fast.linear_token_logps(hidden.detach(), weight, targets, grad_tolerance=2**-6).skipped is None
+
+
+def test_where_dense_products_are_faster_it_is_exact(monkeypatch):
+    monkeypatch.setattr(sparse_head, "_sparse_pays", lambda dtype: dtype is not torch.bfloat16)
+    arguments = (*problem("peaked", torch.bfloat16), incoming())
+    out, found = gradients(*arguments, 2**-6)
+    assert out.skipped == 0
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(*arguments, 0.0)[1], strict=True))
 
 
 def test_weights_with_other_strides():

@@ -18,6 +18,7 @@ TITLES = {
     peers.SEQUENCES: "`sequence_logps`, from logits",
     peers.TOKENS: "`token_logps`, from logits",
     peers.LINEAR: "`linear_dpo_loss`, from hidden states and the LM head",
+    peers.TOLERANCE: "`grad_tolerance`, the head's backward pass; `vs dpo_fast`: over the exact way",
     peers.PREFERENCE: "`preference_loss`, from log-probs",
 }
 

@@ -33,8 +33,8 @@ KINDS = {"hidden": ("hidden", "lora_a"), "weight": ("weight", "bias", "lora_b")}
 LEAST_TOLERANCE = 4e-5
 
 # A row is kept sparse up to this share of the columns, where the dense product would cost as much: measured with
-# AVX-512 and AVX2 at 49152 x 576 (docs/performance.md). bfloat16 has instructions of its own for dense products.
-DENSE_FROM = {"float": 1 / 5, "bfloat16 dot products": 1 / 10, "bfloat16 tiles": 1 / 20}
+# AVX-512 and AVX2 at 49152 x 576 (docs/performance.md). A table and not a clock: results are the same in every run.
+DENSE_FROM = 1 / 5
 # So few dense rows would cost as much as many, by one read of the head and one of its gradient: they stay sparse up to
 # the share below.
 FEW_DENSE = 8
@@ -138,12 +138,12 @@ def add_tile(sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: An
     """
     if tile.z.shape[0] == 0:
         return None
-    on_cpu = tile.z.is_cpu and tile.z.stride(1) == 1 and _rows_adjacent(sums.head) and tile.z.dtype in LOGIT_TYPES
-    return (_add_sparse if on_cpu else _add_columns)(sums, tile, allowed, logits_gradient)
-
-
-def _rows_adjacent(head: Head) -> bool:
-    return all(t is None or t.stride(1) == 1 for t in (head.weight, head.lora_b))
+    if not tile.z.is_cpu:
+        return _add_columns(sums, tile, allowed, logits_gradient)
+    tables = [table for table in (sums.head.weight, sums.head.lora_b) if table is not None]
+    if not _sparse_pays(tile.z.dtype) or any(table.stride(1) != 1 for table in tables):
+        return None
+    return _add_sparse(sums, tile, allowed, logits_gradient)
 
 
 def _dense_gradient(tile: Tile, z: Tensor, part: Tensor | slice, logits_gradient: Any) -> None:
@@ -208,14 +208,12 @@ class SparseRows:
 
 
 @functools.cache
-def _dense_from(dtype: torch.dtype) -> float:
-    """The share of the columns from which on a row is dense; a table, so that results are the same in every run."""
+def _sparse_pays(dtype: torch.dtype) -> bool:
+    """Whether sparse products may beat dense ones: not those of bfloat16 on tile registers (AMX), ten times as fast."""
     if dtype is not torch.bfloat16:
-        return DENSE_FROM["float"]
-    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
-        return DENSE_FROM["bfloat16 tiles"]
-    has_dot = dict(_cpu.isas()).get("avx512_bf16", False)
-    return DENSE_FROM["bfloat16 dot products" if has_dot else "float"]
+        return True
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return not (dict(_cpu.isas()).get("avx512_bf16", False) if has_tiles is None else has_tiles())
 
 
 def _select(tile: Tile, allowed: Tensor, dense_from: float) -> tuple[Selected, int] | None:
@@ -237,7 +235,7 @@ def _select(tile: Tile, allowed: Tensor, dense_from: float) -> tuple[Selected, i
 
 
 def _add_sparse(sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: Any) -> Tensor | None:
-    return _add_sparse_rows(sums, tile, allowed, logits_gradient, _dense_from(tile.z.dtype))
+    return _add_sparse_rows(sums, tile, allowed, logits_gradient, DENSE_FROM)
 
 
 def _add_sparse_rows(
