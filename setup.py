@@ -40,7 +40,10 @@ LIMITED_API = [] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000"), ("CYTH
 CYTHON_DIRECTIVES = {"embedsignature": True, "freethreading_compatible": True}
 
 HEADERS = [f"csrc/{name}.h" for name in ("row_math", "preference_loss", "sequence_math")]  # shared by CPU and CUDA
-CPU_HEADERS = [f"csrc/cpu/{name}.h" for name in ("batch", "rows", "simd", "sparse_head", "transform")]
+CPU_HEADERS = [
+    f"csrc/cpu/{name}.h"
+    for name in ("batch", "exponential", "fresh_memory", "rows", "simd", "sparse_head", "transform")
+]
 # Included by both bindings; Cython finds only the .pxd by itself.
 BINDING_PARTS = ["dpo_fast/_declarations.pxd", "dpo_fast/_parse.pxi"]
 ISA_SOURCES = ["csrc/cpu/rows_isa.cpp", "csrc/cpu/sparse_isa.cpp"]
@@ -147,7 +150,10 @@ class BuildExt(build_ext):
 
 cpu = Extension(
     "dpo_fast._cpu",
-    sources=["dpo_fast/_cpu.pyx", "csrc/cpu/batch.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/sparse_head.cpp"],
+    sources=[
+        "dpo_fast/_cpu.pyx",
+        *[f"csrc/cpu/{name}.cpp" for name in ("batch", "fresh_memory", "rows", "sparse_head")],
+    ],
     depends=[*HEADERS, *CPU_HEADERS, *BINDING_PARTS, *ISA_SOURCES],
     include_dirs=["csrc"],
     define_macros=LIMITED_API,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from dpo_fast.bench import machine, text_table, versions
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "bench_dpo_loss.py",
+    "bench_huge_pages.py",
     "bench_token_logps.py",
     "bench_sequence_logps.py",
     "bench_linear_dpo_loss.py",
@@ -35,6 +37,9 @@ FILES = (
     "bench_preference_loss.py",
     "bench_small_calls.py",
 )
+
+# What torch reads once, when a process starts.
+ENVIRONMENT = {"bench_huge_pages.py": {"THP_MEM_ALLOC_ENABLE": "1"}}
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,7 +81,8 @@ def run_files(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, An
             command = [sys.executable, "-m", "pytest", f"benchmarks/{name}", "-v", "--benchmark-quiet", "--tb=short"]
             command += ["-p", "no:cacheprovider", "-W", "ignore", f"--device={args.device}", f"--results={path}"]
             command += ["--quick"] * args.quick + (["-k", args.select] if args.select else [])
-            status = subprocess.run(command, cwd=ROOT, check=False).returncode
+            env = os.environ | ENVIRONMENT.get(name, {})
+            status = subprocess.run(command, cwd=ROOT, check=False, env=env).returncode
             if status not in (0, 5):  # 5: nothing selected
                 failed.append(f"benchmarks/{name}")
             if path.exists():

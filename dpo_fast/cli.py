@@ -48,6 +48,9 @@ def info() -> list[tuple[str, str]]:
     lines.append(("CUDA build", cuda_build()))
     lines.append(("cpu will use", f"native kernels, {_cpu.isa()}"))
     if torch:
+        from dpo_fast._torch import tile_type
+
+        lines.append(("the head's products", tile_type.describe()))
         for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
             how = "native kernels" if _native.has_cuda_kernels() else "plain torch, in chunks of rows"
             lines.append((f"cuda:{i} will use", f"{how} ({torch.cuda.get_device_name(i)})"))

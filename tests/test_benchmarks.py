@@ -98,7 +98,7 @@ def test_interleave_takes_turns():
         (peers.SEQUENCES, (peers.FAST, peers.INPLACE, peers.PACKED)),
         (peers.DPO, (peers.FAST, peers.INPLACE, peers.TRL)),
         (peers.PREFERENCE, (peers.FAST,)),
-        (peers.LINEAR, (peers.FAST, peers.CROSS_ENTROPY, peers.TRL_CHUNKED)),
+        (peers.LINEAR, (peers.FAST, peers.CROSS_ENTROPY, peers.CHUNKED_CROSS_ENTROPY, peers.TRL_CHUNKED)),
     ],
 )
 def test_candidates_agree(level, names, work):
@@ -395,11 +395,11 @@ def test_case_table_rates():
     records = []
     for name, seconds in ((peers.FAST, 0.010), (peers.READ, 0.008)):
         record = harness._record(peers.DPO, case, FORWARD, name)
-        record.median_s = seconds
+        record.median_s, record.samples = seconds, [0.9 * seconds, seconds, 1.1 * seconds]
         records.append(asdict(record))
     first, second = report.case_table(records, FORWARD).splitlines()[2:]
-    assert first.startswith("| dpo_fast | 10.0 | 26.3 | 80% | 1.00x |")  # 262.7 MB in 10 ms
-    assert second.startswith("| plain read | 8 | 32.8 |  | 0.80x |")
+    assert first.startswith("| dpo_fast | 10.0 | 9.5 to 10.5 | 26.3 | 80% | 1.00x |")  # 262.7 MB in 10 ms
+    assert second.startswith("| plain read | 8 | 7.6 to 8.4 | 32.8 |  | 0.80x |")
 
 
 def test_pictures(tmp_path):

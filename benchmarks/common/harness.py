@@ -32,7 +32,7 @@ from dpo_fast.bench import (
     torch_threads,
 )
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 41
+MIN_ROUNDS, MAX_ROUNDS = 15, 41
 
 # Largest relative difference (Euclidean norms) from naive torch, for the value and each gradient. Half types: some
 # peers round every log-prob to the half type, and a preference loss takes the difference of long sums of them.

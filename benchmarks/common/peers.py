@@ -31,11 +31,12 @@ from dpo_fast.bench import (
     preference_of,
 )
 
-TOKENS, SEQUENCES, DPO, THREADS, VARYING, PREFERENCE, LINEAR = (
+TOKENS, SEQUENCES, DPO, THREADS, HUGE_PAGES, VARYING, PREFERENCE, LINEAR = (
     "token_logps",
     "sequence_logps",
     "dpo_loss",
     "dpo_loss by threads",
+    "dpo_loss with huge pages",
     "dpo_loss on varying shapes",
     "preference_loss",
     "linear_dpo_loss",
@@ -63,9 +64,10 @@ TRL = "TRL selective_log_softmax"
 TRL_TRITON = "TRL Triton kernel"
 TRL_CHUNKED = "TRL chunked log-probs"
 CROSS_ENTROPY = "torch linear_cross_entropy"
+CHUNKED_CROSS_ENTROPY = "torch linear_cross_entropy, in chunks"
 LIGER = "Liger fused linear DPO"
 LOGITS_PEERS = (NAIVE, COMPILE, TRL, TRL_TRITON)
-LINEAR_PEERS = (NAIVE, COMPILE, CROSS_ENTROPY, TRL_CHUNKED, LIGER)
+LINEAR_PEERS = (NAIVE, COMPILE, CROSS_ENTROPY, CHUNKED_CROSS_ENTROPY, TRL_CHUNKED, LIGER)
 
 READ = "plain read"
 COPY = "copy"
@@ -305,7 +307,8 @@ def _build_linear(name: str, inputs: LevelInputs) -> Call:
         FAST: lambda: fast,
         NAIVE: lambda: naive,
         COMPILE: lambda: compiled(naive),
-        CROSS_ENTROPY: lambda: _linear_cross_entropy(targets),
+        CROSS_ENTROPY: lambda: _linear_cross_entropy(targets, chunks=False),
+        CHUNKED_CROSS_ENTROPY: lambda: _linear_cross_entropy(targets, chunks=True),
         TRL_CHUNKED: lambda: _trl_chunked(targets),
         LIGER: lambda: _liger(targets),
     }
@@ -327,13 +330,16 @@ def _three_products(inputs: LevelInputs) -> Call:
     return call
 
 
-def _linear_cross_entropy(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _linear_cross_entropy(targets: Tensor, chunks: bool) -> Callable[[Tensor, Tensor], Tensor]:
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise AbsentError(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunks else {}  # its own choice of the chunks' size
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        losses = function(hidden.flatten(0, 1), weight, targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+        losses = function(
+            hidden.flatten(0, 1), weight, targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX, **options
+        )
         return preference_of(-losses.float().view(targets.shape).sum(-1), None)
 
     return loss

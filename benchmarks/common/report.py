@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ TITLES = {
     peers.TOKENS: "`token_logps`, from logits",
     peers.LINEAR: "`linear_dpo_loss`, from hidden states and the LM head",
     peers.TOLERANCE: "`grad_tolerance`, the head's backward pass; `vs dpo_fast`: over the exact way",
+    peers.HUGE_PAGES: "`dpo_loss`, where torch asks for huge pages (THP_MEM_ALLOC_ENABLE=1)",
     peers.PREFERENCE: "`preference_loss`, from log-probs",
 }
 
@@ -91,7 +93,7 @@ def conventions() -> str:
 
 {LEGEND}. Times are medians of calls taken in turn, one call of each candidate a round, on copies of the same tensors
 (several, used in turn and refilled before the next call). Ratios of targets are medians over the rounds of both times'
-ratio in a round. `GB/s` is the bytes of the formula over the time, the
+ratio in a round. `middle half` is between the quartiles, in ms. `GB/s` is the bytes of the formula over the time, the
 same formula for every candidate of a row group: what has to be moved, not what a candidate moves. `of the limit` is
 that rate over the plain read's (forward), the copy's (forward + backward), or the operations over those of the three
 bare products. `vs dpo_fast` is a candidate's time over that of the first line. `difference` is the relative difference
@@ -118,7 +120,16 @@ def case_table(records: Sequence[dict[str, Any]], work: str) -> str:
     first = records[0]["median_s"]
     limit = limit_rate(records, work)
     flops = any(record["flops"] for record in records)
-    heads = ("", "median ms", "GFLOP/s" if flops else "GB/s", "of the limit", "vs dpo_fast", "difference", "peak extra")
+    heads = (
+        "",
+        "median ms",
+        "middle half",
+        "GFLOP/s" if flops else "GB/s",
+        "of the limit",
+        "vs dpo_fast",
+        "difference",
+        "peak extra",
+    )
     lines = [(*heads, "flops" if flops else "bytes")]
     for record in records:
         amount, formula = (
@@ -131,6 +142,7 @@ def case_table(records: Sequence[dict[str, Any]], work: str) -> str:
             (
                 record["candidate"],
                 milliseconds(record["median_s"]),
+                middle_half(record["samples"]),
                 "" if rate is None else f"{rate / 1e9:.1f}",
                 "" if rate is None or limit is None or own_limit else f"{rate / limit:.0%}",
                 f"{record['median_s'] / first:.2f}x",
@@ -140,6 +152,14 @@ def case_table(records: Sequence[dict[str, Any]], work: str) -> str:
             )
         )
     return table(lines)
+
+
+def middle_half(samples: Sequence[float]) -> str:
+    """The quartiles, in ms."""
+    if len(samples) < 2:
+        return ""
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return f"{milliseconds(low)} to {milliseconds(high)}"
 
 
 def limit_rate(records: Sequence[dict[str, Any]], work: str) -> float | None:

@@ -139,6 +139,10 @@ void pairs_backward(const Pairs* pairs, const double* pair_grads, const Grads& g
   }
 }
 
+bool is_contiguous(const CpuRows& rows, const GradTensor& out) {
+  return out.vocab_stride == 1 && out.row_stride == rows.width && out.seq_stride == rows.rows_per_seq * rows.width;
+}
+
 void spread_to_rows(const CpuRows& rows, const Sequences& seqs, const double* grad_seq, double* grad_rows) {
   for (int64_t s = 0; s < seqs.n_seqs; ++s) {
     const RowRange range = seq_rows(rows, seqs, s);
@@ -212,7 +216,7 @@ BatchStatus dpo_forward(const RowKernels& isa, const Rows& given, const Sequence
 
 BatchStatus backward(const RowKernels& isa, const Rows& given, const Sequences* seqs, const Pairs* pairs, int threads,
                      const TokenArrays& saved, const double* pair_grads, const Grads& grads, const GradTensor& out) {
-  const CpuRows rows(given, isa);
+  CpuRows rows(given, isa);
   std::unique_ptr<double[]> grad_rows;
   if (seqs) {
     BatchStatus status = check_sequences(rows, *seqs);
@@ -223,6 +227,8 @@ BatchStatus backward(const RowKernels& isa, const Rows& given, const Sequences* 
     pairs_backward(pairs, pair_grads, grads, seqs->n_seqs, rows.wide, grad_seq.get());
     spread_to_rows(rows, *seqs, grad_seq.get(), grad_rows.get());
   }
+  if (out.data != rows.logits && is_contiguous(rows, out))
+    rows.zeros = untouched(out.data, rows.n_rows * rows.width * rows.logit_bytes);
   for_pieces(rows, rows.n_rows, threads_for(rows.n_rows * rows.vocab, threads), [&](int64_t row, int64_t piece) {
     backward_piece(rows, row, piece, saved, grads, grad_rows ? grad_rows[row] : 0, out);
   });

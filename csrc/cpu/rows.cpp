@@ -11,9 +11,6 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace dpo_fast {
 
@@ -141,13 +138,14 @@ void finish_row(const CpuRows& rows, int64_t row, const RowPart* parts, const To
     store_number(out.logps, i, row_logp(total, load_number(out.logps, i, rows.wide), unit), rows.wide);
     if (is_top1) is_top1[i] = row_is_top1(total, rows.targets[i]);
   }
-  if (out.stats) {
-    store_number(out.stats, 2 * row, total.shift, rows.wide);
-    store_number(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
-  }
   for (int i = 0; i < kStatistics; ++i)
     if (out.statistics[i] && i != kStatistic_is_top1)
       store_number(out.statistics[i], row, row_statistic(i, total, unit, rows.vocab), rows.wide);
+  if (out.stats) {
+    reshift(total, rows.wide ? total.shift : (float)total.shift, unit);  // the sum has to fit the stored shift
+    store_number(out.stats, 2 * row, total.shift, rows.wide);
+    store_number(out.stats, 2 * row + 1, 1 / total.sum, rows.wide);
+  }
 }
 
 void finish_ignored_row(const CpuRows& rows, int64_t row, const TokenArrays& out) {
@@ -164,10 +162,6 @@ void finish_ignored_row(const CpuRows& rows, int64_t row, const TokenArrays& out
     if (out.statistics[i] && i != kStatistic_is_top1) store_number(out.statistics[i], row, 0, rows.wide);
 }
 
-// Logits larger than this are no longer in a cache when backward comes to them; memory of this size comes fresh from
-// the system, since the C library keeps no piece so large for the next call.
-static constexpr int64_t kStreamBytes = int64_t{32} << 20;
-
 // Zeros past the caches: an ordinary store would first read the line that it overwrites.
 static void stream_zeros(char* x, int64_t bytes) {
 #if defined(__SSE2__)
@@ -182,29 +176,22 @@ static void stream_zeros(char* x, int64_t bytes) {
 #endif
 }
 
-void advise_huge_pages(char* x, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(x) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(x) + bytes) / kHugePage * kHugePage;
-  if (bytes > kStreamBytes) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);  // a wish: may fail
-#else
-  (void)x, (void)bytes;
-#endif
-}
-
 namespace {
 
 void zero_columns(const CpuRows& rows, int64_t row, int64_t start, int64_t end, const GradTensor& out) {
   char* dx = row_grad_logits(rows, row, out) + start * out.vocab_stride * rows.logit_bytes;
   const int64_t size = end - start;
   if (out.vocab_stride == 1) {
-    // in memory that is fresh, the kernel has just brought the page's zeros into a cache
+    char* const dx_end = dx + size * rows.logit_bytes;
     const bool in_place = out.data == rows.logits;
-    if (in_place && rows.n_rows * rows.width * rows.logit_bytes > kStreamBytes)
-      stream_zeros(dx, size * rows.logit_bytes);
-    else
-      memset(dx, 0, size * rows.logit_bytes);
+    if (in_place && rows.n_rows * rows.width * rows.logit_bytes > kStreamBytes) {
+      stream_zeros(dx, dx_end - dx);
+    } else {  // but for what is zero as it is
+      char* const start = std::clamp(rows.zeros.start, dx, dx_end);
+      char* const end = std::clamp(rows.zeros.end, start, dx_end);
+      memset(dx, 0, start - dx);
+      memset(end, 0, dx_end - end);
+    }
     return;
   }
   for (int64_t i = 0; i < size; ++i) memset(dx + i * out.vocab_stride * rows.logit_bytes, 0, rows.logit_bytes);

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../sequence_math.h"
+#include "fresh_memory.h"
 
 namespace dpo_fast {
 
@@ -45,6 +46,7 @@ struct CpuRows : Rows {
   TransformKind transform_kind;
   int64_t logit_bytes;
   bool wide;
+  MemoryRange zeros = {nullptr, nullptr};  // of the gradient, before anything is written to it
   CpuRows(const Rows& rows, const RowKernels& isa);
 };
 
@@ -61,8 +63,5 @@ void finish_ignored_row(const CpuRows& rows, int64_t row, const TokenArrays& out
 // row.
 void backward_piece(const CpuRows& rows, int64_t row, int64_t piece, const TokenArrays& saved, const Grads& grads,
                     double from_seq, const GradTensor& out);
-
-// Before the first write to fresh memory, if it is large: its pages may come 2 MiB at a time (Linux).
-void advise_huge_pages(char* x, int64_t bytes);
 
 }  // namespace dpo_fast

@@ -121,23 +121,6 @@ DPO_FAST_INLINE VecD maximum(VecD x, VecD y) {
 #endif
 }
 
-// p * 2^n where d >= low or d is NaN, 0 where d < low. y has the biased exponent of 2^n in its low bits.
-DPO_FAST_INLINE VecF scaled_or_zero(VecF p, VecF n, VecF y, VecF d, VecF low) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(d, low, _CMP_NLT_UQ), p, n);
-#else
-  return (VecF)((VecI)(p * (VecF)((VecU)y << 23)) & ~(d < low));
-#endif
-}
-
-DPO_FAST_INLINE VecD scaled_or_zero(VecD p, VecD n, VecD y, VecD d, VecD low) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(d, low, _CMP_NLT_UQ), p, n);
-#else
-  return (VecD)((VecL)(p * (VecD)((VecL)y << 52)) & ~(d < low));
-#endif
-}
-
 // Over the lanes, by halves: a chain of kLanes additions would take longer than a small row.
 template <class V>
 DPO_FAST_INLINE typename VecTraits<V>::Scalar horizontal_sum(V v) {
@@ -165,77 +148,6 @@ DPO_FAST_INLINE V polynomial(V, V acc) {
 template <class V, class... Rest>
 DPO_FAST_INLINE V polynomial(V x, V acc, typename VecTraits<V>::Scalar next, Rest... rest) {
   return polynomial(x, multiply_add(acc, x, splat<V>(next)), rest...);
-}
-
-// Below this exp is taken as 0: 2^n would leave the normal numbers.
-template <class V>
-constexpr typename VecTraits<V>::Scalar kExpLow = -87.0f;
-template <>
-constexpr double kExpLow<VecD> = -708.0;
-
-// exp(d) for d <= 80, 0 below kExpLow, NaN for NaN.
-//
-// exp(d) = 2^n e^r, n = round(d / ln 2), |r| <= ln 2 / 2. Adding 1.5 * 2^23 + 127 rounds to an integer and leaves the
-// biased exponent of 2^n in the low bits. The polynomials are minimax fits of e^r - 1 - r in relative error, found by
-// Remez exchange: 3.1e-9 (degree 6) and 5.4e-6 (degree 4: kShort, for half-precision logits, whose own rounding is
-// 2^-9 or 2^-12). Without FMA, n * ln 2 is taken off in two steps, the first exact.
-template <bool kShort>
-DPO_FAST_INLINE VecF exponential(VecF d) {
-  const float kMagic = 12582912.0f + 127.0f;
-  const VecF y = multiply_add(d, splat<VecF>(1.44269504088896341f), splat<VecF>(kMagic));
-  const VecF n = y - splat<VecF>(kMagic);
-  VecF r;
-  if constexpr (kHasFma) {
-    r = multiply_add(n, splat<VecF>(-0.693147180559945309f), d);
-  } else {
-    r = (d - n * splat<VecF>(0.693359375f)) + n * splat<VecF>(2.12194440054690583e-4f);
-  }
-  VecF p;
-  if constexpr (kShort) {
-    p = polynomial(r, splat<VecF>(0.0412776729808936973f), 0.167535312609709913f, 0.500051180328715057f, 1.0f, 1.0f);
-  } else {
-    p = polynomial(r, splat<VecF>(0.00138145986466640345f), 0.00836871687972813995f, 0.0416683880453139967f,
-                   0.166665206317094969f, 0.499999934477964868f, 1.0f, 1.0f);
-  }
-  return scaled_or_zero(p, n, y, d, splat<VecF>(kExpLow<VecF>));
-}
-
-// The same in double precision (degree 12, 5.4e-20).
-template <bool kShort>
-DPO_FAST_INLINE VecD exponential(VecD d) {
-  const double kMagic = 6755399441055744.0 + 1023.0;
-  const VecD y = multiply_add(d, splat<VecD>(1.442695040888963407), splat<VecD>(kMagic));
-  const VecD n = y - splat<VecD>(kMagic);
-  // ln 2 in two parts, the first with 21 trailing zero bits, so that n times it is exact.
-  VecD r = multiply_add(n, splat<VecD>(-0.693147180369123816490), d);
-  r = multiply_add(n, splat<VecD>(-1.90821492927058770002e-10), r);
-  const VecD p =
-      polynomial(r, splat<VecD>(2.08266236276164033e-9), 2.51120367668376367e-8, 2.75575818593379412e-7,
-                 2.75572348621610978e-6, 2.48015869266205751e-5, 1.98412698963835372e-4, 1.3888888889115634e-3,
-                 8.33333333331703438e-3, 0.0416666666666660943, 0.166666666666666834, 0.500000000000000004, 1.0, 1.0);
-  return scaled_or_zero(p, n, y, d, splat<VecD>(kExpLow<VecD>));
-}
-
-// tanh(u): below 0.625 an odd polynomial (relative error 4.4e-9), which keeps small arguments exact; above it
-// 1 - 2 / (exp(2|u|) + 1).
-DPO_FAST_INLINE VecF hyperbolic_tangent(VecF u) {
-  const VecI sign = (VecI)u & (VecI)splat<VecF>(-0.0f);
-  const VecF a = (VecF)((VecI)u ^ sign);
-  const VecF t = u * u;
-  const VecF q = polynomial(t, splat<VecF>(-0.00570498699345520288f), 0.0206390872447291735f, -0.0537397150858249591f,
-                            0.133314421981758076f, -0.33333281942012773f);
-  const VecF small = multiply_add(u * t, q, u);
-  // beyond 10, tanh is 1 to float's last bit; a NaN passes the comparison
-  const VecF bounded = a > splat<VecF>(10.0f) ? splat<VecF>(10.0f) : a;
-  const VecF e = exponential<false>(bounded + bounded);
-  const VecF large = splat<VecF>(1.0f) - splat<VecF>(2.0f) / (e + splat<VecF>(1.0f));
-  return a < splat<VecF>(0.625f) ? small : (VecF)((VecI)large | sign);
-}
-
-DPO_FAST_INLINE VecD hyperbolic_tangent(VecD u) {
-  VecD t;
-  for (int i = 0; i < VecTraits<VecD>::kLanes; ++i) t[i] = tanh(u[i]);
-  return t;
 }
 
 // How each type of logits is read into, and written from, vectors. One step covers kElements consecutive elements and
@@ -285,6 +197,10 @@ struct BFloat16 {
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), halves));
+  }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  DPO_FAST_INLINE void store(Storage* p, const Vec* v) {
+    store_vector(p, _mm256_blend_epi16((__m256i)(round(v[0]) >> 16), (__m256i)round(v[1]), 0xaa));
   }
 #else
   DPO_FAST_INLINE void store(Storage* p, const Vec* v) {

@@ -117,7 +117,7 @@ int64_t candidates(const void* logits, int64_t n, float cut, int32_t* columns, f
 // --- probabilities ---------------------------------------------------------------------------------------------------
 
 template <TransformKind kKind, bool kShort>
-DPO_FAST_INLINE VecF probability(VecF x, const Consts<VecF>& c, VecF shift, VecF inv_sum, VecF* slope) {
+DPO_FAST_INLINE VecF unscaled(VecF x, const Consts<VecF>& c, VecF shift, VecF* slope) {
   VecF y = x;
   *slope = c.slope;
   if constexpr (kKind == kCapped) {
@@ -125,19 +125,31 @@ DPO_FAST_INLINE VecF probability(VecF x, const Consts<VecF>& c, VecF shift, VecF
     y = u * c.post;
     *slope = c.slope - c.slope * u * u;
   }
-  return exponential<kShort>(to_z<kKind>(y - shift, c)) * inv_sum;
+  return exponential<kShort>(to_z<kKind>(y - shift, c));
 }
 
 template <TransformKind kKind, bool kShort>
 void all_probabilities(const float* x, int64_t n, const LogitTransform& transform, double shift, double inv_sum,
                        float* p, float* slopes) {
+  using Form = Exp<VecF, kShort>;
   const Consts<VecF> c(transform);
-  const VecF shifts = splat<VecF>((float)shift), factor = splat<VecF>((float)inv_sum);
+  const VecF shifts = splat<VecF>((float)shift);
+  // the shift as the row kernels take it: a float is not exact enough
+  bool takes_shift = false;
+  if constexpr (kKind == kPlain && Form::kTakesShift) takes_shift = fabs(shift) <= Form::kMaxShift;
+  const Form form(takes_shift ? shift : 0);
+  const VecF factor = splat<VecF>((float)inv_sum / (takes_shift ? Form::kUnit : 1));
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t size = n - i < kLanes ? n - i : kLanes;
     VecF v = splat<VecF>(0), slope;
     memcpy(&v, x + i, size * sizeof(float));
-    v = probability<kKind, kShort>(v, c, shifts, factor, &slope);
+    if (kKind == kPlain && takes_shift) {
+      slope = c.slope;
+      v = Form::template value<true>(form, v);
+    } else {
+      v = unscaled<kKind, kShort>(v, c, shifts, &slope);
+    }
+    v *= factor;
     memcpy(p + i, &v, size * sizeof(float));
     memcpy(slopes + i, &slope, size * sizeof(float));
   }

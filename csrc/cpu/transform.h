@@ -2,6 +2,7 @@
 // it.
 #pragma once
 
+#include "exponential.h"
 #include "rows.h"
 #include "simd.h"
 

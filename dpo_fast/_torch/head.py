@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 
 from dpo_fast._checks import LogitOptions
+from dpo_fast._torch import tile_type
 from dpo_fast._torch.operators import HEAD_INPUTS, Head, HeadGradients
 from dpo_fast._torch.sequences import vocab_size, wide_type
 
 
 def head_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
     """Fills out [R, V] with the logits of hidden [R, H]."""
+    if tile_type.through_float32(hidden.dtype, hidden.device):
+        low_rank = None
+        if head.lora_a is not None and head.lora_b is not None:
+            low_rank = tile_type.product(hidden, head.lora_a.t()) * head.lora_scaling, head.lora_b
+        tile_type.logits(hidden, head.weight, head.bias, low_rank, out)
+        return
     if head.bias is None:
         torch.mm(hidden, head.weight.t(), out=out)
     else:
@@ -53,8 +60,11 @@ def trimmed(head: Head, options: LogitOptions) -> Head:
     return head._replace(weight=head.weight[:vocab], bias=bias, lora_b=lora_b)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 where the device can give that from half types."""
+def _product(a: Tensor, b: Tensor, rounded: bool = False) -> Tensor:
+    """a @ b, in float32 where the device can give that from half types; rounded: bfloat16 need not come in float32."""
+    if tile_type.through_float32(a.dtype, a.device):
+        narrow = rounded and a.dtype is torch.bfloat16
+        return tile_type.product(a, b, a.new_empty((a.shape[0], b.shape[1])) if narrow else None)
     if a.dtype in (torch.bfloat16, torch.float16):
         if a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8 or later
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -63,8 +73,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def _low_rank(head: Head, hidden: Tensor) -> Tensor:
+    """The hidden states' product with LoRA's A, [R, r]."""
+    a = head.lora_a.t()  # type: ignore[union-attr]
+    if tile_type.through_float32(hidden.dtype, hidden.device):
+        return tile_type.product(hidden, a).to(hidden.dtype)
+    return hidden @ a
+
+
 def _scaled(value: Tensor, scale: Tensor | float) -> Tensor:
-    return value if isinstance(scale, float) and scale == 1 else value * scale
+    """In place: the value is a product's result."""
+    return value if isinstance(scale, float) and scale == 1 else value.mul_(scale)
 
 
 class HeadSums:
@@ -95,7 +114,7 @@ class HeadSums:
             if self.needs["lora_a"]:
                 self._sum("lora_a", du.t(), hidden.to(du.dtype))
             if grad is not None:
-                grad = grad + du @ head.lora_a.to(du.dtype)
+                grad = grad + _product(du, head.lora_a.to(du.dtype))
         if self.hidden is not None and grad is not None:
             self.hidden[rows] = grad.to(self.hidden.dtype)
 
@@ -107,7 +126,7 @@ class HeadSums:
         if needs["bias"]:
             self._put("bias", dz.sum(0, dtype=wide_type(dz.dtype)), scale)
         if needs["lora_b"] and head.lora_a is not None:
-            self._sum("lora_b", dz.t(), hidden @ head.lora_a.t(), scale * head.lora_scaling)
+            self._sum("lora_b", dz.t(), _low_rank(head, hidden), scale * head.lora_scaling)
 
     def add_columns(
         self, kind: str, columns: Tensor, dz: Tensor, hidden: Tensor, rows: Tensor, scale: Tensor | float
@@ -141,7 +160,7 @@ class HeadSums:
         if name in self.sums and isinstance(scale, float) and a.dtype in (torch.float32, torch.float64):
             self.sums[name].addmm_(a, b, alpha=scale)
         else:
-            self._put(name, _product(a, b), scale)
+            self._put(name, _product(a, b, not self.several), scale)
 
     def _put(self, name: str, value: Tensor, scale: Tensor | float) -> None:
         value = _scaled(value, scale)
