@@ -15,8 +15,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Instruction sets that csrc/cpu/rows_isa.cpp is compiled for, and what each needs from the compiler. `portable` is the
-# baseline of the machine: SSE2 on x86-64, NEON on aarch64.
+# Instruction sets that ISA_SOURCES are compiled for, and what each needs from the compiler. `portable` is the baseline
+# of the machine: SSE2 on x86-64, NEON on aarch64.
 ISA_FLAGS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS |= {
@@ -40,10 +40,13 @@ LIMITED_API = [] if FREE_THREADED else [("Py_LIMITED_API", "0x030B0000"), ("CYTH
 CYTHON_DIRECTIVES = {"embedsignature": True, "freethreading_compatible": True}
 
 HEADERS = [f"csrc/{name}.h" for name in ("row_math", "preference_loss", "sequence_math")]  # shared by CPU and CUDA
-CPU_HEADERS = [f"csrc/cpu/{name}.h" for name in ("batch", "exponential", "fresh_memory", "rows", "simd")]
+CPU_HEADERS = [
+    f"csrc/cpu/{name}.h"
+    for name in ("batch", "exponential", "fresh_memory", "rows", "simd", "sparse_head", "transform")
+]
 # Included by both bindings; Cython finds only the .pxd by itself.
 BINDING_PARTS = ["dpo_fast/_declarations.pxd", "dpo_fast/_parse.pxi"]
-ROWS_ISA = "csrc/cpu/rows_isa.cpp"
+ISA_SOURCES = ["csrc/cpu/rows_isa.cpp", "csrc/cpu/sparse_isa.cpp"]
 
 # The one that takes longest first, so that the processors end together.
 CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("losses", "float64", "bfloat16", "float16", "float32", "launch")]
@@ -94,7 +97,7 @@ def cuda_folders(nvcc):
 
 
 class BuildExt(build_ext):
-    """Compiles rows_isa.cpp once per instruction set and the .cu files with nvcc, and links them in."""
+    """Compiles ISA_SOURCES once per instruction set and the .cu files with nvcc, and links them in."""
 
     def build_extension(self, ext):
         ext.extra_objects = self.cuda_objects(ext) if ext.name.endswith("_cuda") else self.isa_objects(ext)
@@ -103,14 +106,13 @@ class BuildExt(build_ext):
     def isa_objects(self, ext):
         objects = []
         for isa, flags in ISA_FLAGS.items():
-            [compiled] = self.compiler.compile(
-                [ROWS_ISA],
+            objects += self.compiler.compile(
+                ISA_SOURCES,
                 output_dir=os.path.join(self.build_temp, isa),
                 include_dirs=ext.include_dirs,
                 extra_postargs=[*CXX_FLAGS, *flags, f"-DDPO_FAST_ISA={isa}"],
                 depends=ext.depends,
             )
-            objects.append(compiled)
         return objects
 
     def cuda_objects(self, ext):
@@ -148,8 +150,11 @@ class BuildExt(build_ext):
 
 cpu = Extension(
     "dpo_fast._cpu",
-    sources=["dpo_fast/_cpu.pyx", "csrc/cpu/batch.cpp", "csrc/cpu/fresh_memory.cpp", "csrc/cpu/rows.cpp"],
-    depends=[*HEADERS, *CPU_HEADERS, *BINDING_PARTS, ROWS_ISA],
+    sources=[
+        "dpo_fast/_cpu.pyx",
+        *[f"csrc/cpu/{name}.cpp" for name in ("batch", "fresh_memory", "rows", "sparse_head")],
+    ],
+    depends=[*HEADERS, *CPU_HEADERS, *BINDING_PARTS, *ISA_SOURCES],
     include_dirs=["csrc"],
     define_macros=LIMITED_API,
     extra_compile_args=CXX_FLAGS,

@@ -33,6 +33,7 @@ FILES = (
     "bench_token_logps.py",
     "bench_sequence_logps.py",
     "bench_linear_dpo_loss.py",
+    "bench_grad_tolerance.py",
     "bench_preference_loss.py",
     "bench_small_calls.py",
 )

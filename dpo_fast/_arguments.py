@@ -31,6 +31,29 @@ class KernelRows(NamedTuple):
     weights_double: bool
 
 
+class KernelSelected(NamedTuple):
+    """Sparse rows in slots of `most` entries, as selection leaves them; a block is `column_blocks` columns."""
+
+    columns: Address  # int32 [rows, most]
+    values: Address  # float32 [rows, most]
+    counts: Address  # int32 [rows, blocks]: entries in each block; -1 in a dense row's first
+    skipped: Address  # float32 [rows]
+    n_rows: int
+    vocab: int
+    most: int
+
+
+class KernelSparse(NamedTuple):
+    """The same packed: block after block of columns, in each row after row."""
+
+    columns: Address  # int32 [entries]
+    values: Address  # float32 [entries]
+    positions: Address  # [blocks * rows + 1]: where the entries of block b and row n begin, at b * rows + n
+    n_rows: int
+    vocab: int
+    n_entries: int
+
+
 class KernelSequences(NamedTuple):
     """Which rows a sequence has."""
 

@@ -91,6 +91,7 @@ NUMBERS = {
     "num_pairs": POSITIVE,
     "num_chosen_tokens": POSITIVE,
     "lora scaling": FINITE,
+    "grad_tolerance": Range(0, 1, with_low=True),
 }
 
 
@@ -109,6 +110,19 @@ def number(name: str, value: Any) -> float:
     if not NUMBERS[name].holds(value):
         raise ValueError(f"{name} must be {NUMBERS[name]}, found {value}")
     return float(value)
+
+
+def grad_tolerances(value: Any) -> tuple[float, float]:
+    """The tolerances of `grad_tolerance`, by way of the hidden states and of the head's rows: one number or a pair.
+
+    Raises:
+        TypeError, ValueError: as `number`, and for sequences other than pairs.
+    """
+    if not isinstance(value, (tuple, list)):
+        return (number("grad_tolerance", value),) * 2
+    if len(value) != 2:
+        raise ValueError(f"grad_tolerance must be one number or a pair (hidden, weight), found {value!r}")
+    return number("grad_tolerance", value[0]), number("grad_tolerance", value[1])
 
 
 def integer(name: str, value: Any) -> int:

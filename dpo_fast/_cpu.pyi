@@ -11,7 +11,9 @@ from dpo_fast._arguments import (
     KernelPairs,
     KernelRows,
     KernelSaved,
+    KernelSelected,
     KernelSequences,
+    KernelSparse,
 )
 
 # dpo_fast._loss.options.LossOptions
@@ -87,3 +89,28 @@ def preference_backward(
     grad_losses: Address,
     grad_logps: Address,
 ) -> None: ...
+def column_blocks(vocab: int) -> int: ...
+def select_sparse(
+    rows: KernelRows,
+    threads: int,
+    logps: Address,
+    stats: Address,
+    grads: Address,
+    allowed: Address,
+    selected: KernelSelected,
+) -> int: ...
+def pack_sparse(selected: KernelSelected, threads: int, sparse: KernelSparse) -> None: ...
+def sparse_times_table(
+    sparse: KernelSparse, logit_type: int, table: Address, stride: int, width: int, threads: int, out: Address
+) -> None: ...
+def sparse_transposed_times_table(
+    sparse: KernelSparse,
+    logit_type: int,
+    table: Address,
+    stride: int,
+    width: int,
+    add: bool,
+    threads: int,
+    out: Address,
+) -> None: ...
+def sparse_column_sums(sparse: KernelSparse, add: bool, threads: int, out: Address) -> None: ...

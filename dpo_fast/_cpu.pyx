@@ -12,7 +12,7 @@ values (targets, pairs, cu_seqlens) are checked here, before anything is read or
 number of threads to use at most. The GIL is released while the kernels run.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 
 from dpo_fast._declarations cimport *
 
@@ -55,6 +55,38 @@ cdef extern from "cpu/batch.h" namespace "dpo_fast" nogil:
         const Losses&) except +
     BatchStatus c_preference_backward "dpo_fast::preference_backward"(
         const Pairs&, bint, int64_t, const double*, const Grads&, void*) except +
+
+
+cdef extern from "cpu/sparse_head.h" namespace "dpo_fast" nogil:
+    cdef struct SelectedRows:
+        int32_t* columns
+        float* values
+        int32_t* counts
+        float* skipped
+        int64_t n_rows, vocab, most
+
+    cdef struct SparseRows:
+        int32_t* columns
+        float* values
+        int64_t* positions
+        int64_t n_rows, vocab
+
+    cdef struct SparseInput:
+        const float* logps
+        const float* stats
+        const float* grads
+        const float* allowed
+
+    int64_t c_column_blocks "dpo_fast::column_blocks"(int64_t)
+    bint c_select_sparse "dpo_fast::select_sparse"(
+        const RowKernels&, const Rows&, const SparseInput&, int, const SelectedRows&) except +
+    int64_t c_count_entries "dpo_fast::count_entries"(const SelectedRows&)
+    void c_pack_sparse "dpo_fast::pack_sparse"(const SelectedRows&, int, const SparseRows&)
+    void c_sparse_times_table "dpo_fast::sparse_times_table"(
+        const RowKernels&, const SparseRows&, int, const void*, int64_t, int64_t, int, float*) except +
+    void c_sparse_transposed_times_table "dpo_fast::sparse_transposed_times_table"(
+        const RowKernels&, const SparseRows&, int, const void*, int64_t, int64_t, bint, int, float*) except +
+    void c_sparse_column_sums "dpo_fast::sparse_column_sums"(const SparseRows&, bint, int, float*) except +
 
 
 include "_parse.pxi"
@@ -293,6 +325,125 @@ def preference_backward(
     with nogil:
         status = c_preference_backward(p, wide, n_seqs, derivatives, grads, out)
     check(status, NULL, NULL, &p, n_seqs)
+
+
+# --- sparse gradients of a head's logits ------------------------------------------------------------------------------
+
+
+cdef SelectedRows parse_selected(object arguments) except *:
+    cdef SelectedRows rows
+    columns, values, counts, skipped, rows.n_rows, rows.vocab, rows.most = fields(arguments, "selected")
+    rows.columns = <int32_t*>required(columns, rows.n_rows * rows.most, "columns")
+    rows.values = <float*>required(values, rows.n_rows * rows.most, "values")
+    rows.counts = <int32_t*>required(counts, rows.n_rows * rows.vocab, "counts")
+    rows.skipped = <float*>required(skipped, rows.n_rows, "skipped")
+    return rows
+
+
+cdef SparseRows parse_sparse(object arguments) except *:
+    cdef SparseRows rows
+    columns, values, positions, rows.n_rows, rows.vocab, n_entries = fields(arguments, "sparse")
+    rows.columns = <int32_t*>required(columns, n_entries, "columns")
+    rows.values = <float*>required(values, n_entries, "values")
+    rows.positions = <int64_t*>required(positions, 1, "positions")
+    return rows
+
+
+cdef int check_table(int logit_type) except -1:
+    if logit_type == kFloat64 or not 0 <= logit_type < kLogitTypes:
+        raise ValueError(f"there are no sparse kernels for type number {logit_type}")
+    return 0
+
+
+def column_blocks(int64_t vocab):
+    """The number of blocks of columns of sparse rows."""
+    return c_column_blocks(vocab)
+
+
+def select_sparse(object rows, int threads, object logps, object stats, object grads, object allowed, object selected):
+    """Fills `selected` (KernelSelected) with the gradient of logits [rows, V], of adjacent columns and one target a
+    row, all of them kept, from logps [rows], stats [rows, 2] and the gradients of the log-probs [rows]. Each row leaves
+    out a mass of at most allowed [rows] (all but the target from 1 on; below 0 the row is dense). All are float32.
+    Returns the number of entries, or -1 where most rows looked at are dense: nothing is promised about `selected` then.
+
+    Raises:
+        ValueError: an address of 0, or None; float64 logits; columns that are not adjacent; several targets.
+        IndexError: a target outside the vocabulary.
+    """
+    cdef Rows r = parse_rows(rows)
+    cdef SelectedRows out = parse_selected(selected)
+    cdef SparseInput given
+    cdef int64_t row, found = -1
+    given.logps = <const float*>required(logps, r.n_rows, "logps")
+    given.stats = <const float*>required(stats, r.n_rows, "stats")
+    given.grads = <const float*>required(grads, r.n_rows, "grads")
+    given.allowed = <const float*>required(allowed, r.n_rows, "allowed")
+    check_table(r.logit_type)
+    if r.n_targets != 1 or r.vocab_stride != 1 or out.n_rows != r.n_rows or out.vocab != r.vocab or out.most < 1:
+        raise ValueError("sparse rows are made of logits with adjacent columns and one target a row, in slots as many")
+    for row in range(r.n_rows):
+        if not 0 <= r.targets[row] < r.vocab:
+            raise_bad_target(&r, row, 0)
+    with nogil:
+        if c_select_sparse(kernels[0], r, given, threads, out):
+            found = c_count_entries(out)
+    return found
+
+
+def pack_sparse(object selected, int threads, object sparse):
+    """Packs what select_sparse has left into `sparse` (KernelSparse), which has room for its entries.
+
+    Raises:
+        ValueError: an address of 0, or None.
+    """
+    cdef SelectedRows rows = parse_selected(selected)
+    cdef SparseRows out = parse_sparse(sparse)
+    with nogil:
+        c_pack_sparse(rows, threads, out)
+
+
+def sparse_times_table(
+    object sparse, int logit_type, object table, int64_t stride, int64_t width, int threads, object out
+):
+    """out [rows, width] (float32) = sparse [rows, V] @ table [V, width], whose rows are `stride` elements apart.
+
+    Raises:
+        ValueError: an address of 0, or None; a float64 table.
+    """
+    cdef SparseRows rows = parse_sparse(sparse)
+    cdef const void* given = <const void*>required(table, rows.vocab * width, "table")
+    cdef float* result = <float*>required(out, rows.n_rows * width, "out")
+    check_table(logit_type)
+    with nogil:
+        c_sparse_times_table(kernels[0], rows, logit_type, given, stride, width, threads, result)
+
+
+def sparse_transposed_times_table(
+    object sparse, int logit_type, object table, int64_t stride, int64_t width, bint add, int threads, object out
+):
+    """out [V, width] (float32) = sparse^T [V, rows] @ table [rows, width]; added to what is there with `add`.
+
+    Raises:
+        ValueError: as sparse_times_table.
+    """
+    cdef SparseRows rows = parse_sparse(sparse)
+    cdef const void* given = <const void*>required(table, rows.n_rows * width, "table")
+    cdef float* result = <float*>required(out, rows.vocab * width, "out")
+    check_table(logit_type)
+    with nogil:
+        c_sparse_transposed_times_table(kernels[0], rows, logit_type, given, stride, width, add, threads, result)
+
+
+def sparse_column_sums(object sparse, bint add, int threads, object out):
+    """out [V] (float32) = the sum of the sparse rows; added to what is there with `add`.
+
+    Raises:
+        ValueError: as sparse_times_table.
+    """
+    cdef SparseRows rows = parse_sparse(sparse)
+    cdef float* result = <float*>required(out, rows.vocab, "out")
+    with nogil:
+        c_sparse_column_sums(rows, add, threads, result)
 
 
 set_isa(None)

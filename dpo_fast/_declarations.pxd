@@ -6,7 +6,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t
 
 cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
     const int kLogitTypes, kStatistics, kLossParameters, kPairNumbers, kMaxLossTerms, kLossTypes
-    const int kDivergences, kLogitOptions
+    const int kDivergences, kLogitOptions, kFloat64
     const int kStatistic_entropy, kStatistic_log_sum_sq_probs
 
     const char* logit_option_name(int)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_fast._checks import (
     STATISTIC_BITS,
     LogitKeywords,
+    grad_tolerances,
     named_statistics,
     number,
     only_logit_keywords,
@@ -66,6 +67,7 @@ from dpo_fast.losses import DPOKeywords
 from dpo_fast.outputs import DPOOutput, TokenOutput
 
 Lora = tuple[Tensor, Tensor, float]
+Tolerance = float | tuple[float, float]
 
 
 def linear_plan(
@@ -140,6 +142,7 @@ def linear_token_logps(
     *,
     lora: Lora | None = None,
     outputs: Sequence[str] = ("logps",),
+    grad_tolerance: Tolerance = 0.0,
     memory_budget: int | None = None,
     compact: bool = True,
     **options: Unpack[LogitKeywords],
@@ -153,6 +156,11 @@ def linear_token_logps(
         bias: [V].
         lora: (A [r, H], B [V, r], scaling): adds scaling * (hidden @ A.T) @ B.T to the logits.
         outputs, options: as for `token_logps`.
+        grad_tolerance: at least 0 and below 1: the softmax mass that gradients may leave out, never the target's. With
+            g_n the gradient that comes in for a log-prob and m_n the mass left out of its row,
+            sum_n |g_n| m_n <= grad_tolerance * sum_n |g_n|. One number, or a pair: for the gradients of hidden and A,
+            and for those of weight, bias and B. Exact are 0 (the default), float64, compact=False, and calls with
+            gradients of other statistics. docs/accuracy.md says what error follows; `skipped` what was left out.
         memory_budget: bytes for tiles of logits (default 256 MiB on the CPU, 1 GiB elsewhere; at least 32 rows are
             taken at a time). Logits that fit stay until backward, the rest is computed again; see `linear_plan`.
         compact: drop ignored rows before the products. False keeps all shapes independent of the data and reads nothing
@@ -167,7 +175,9 @@ def linear_token_logps(
     """
     hidden, targets = plain_tensors(("hidden", "targets"), (hidden, targets))
     rows = Rows(targets, None, None, only_logit_keywords("linear_token_logps", options))
-    found = _tokens(hidden, weight, bias, lora, rows, wanted_statistics(outputs), memory_budget, compact)
+    found = _tokens(
+        hidden, weight, bias, lora, rows, wanted_statistics(outputs), memory_budget, compact, grad_tolerance
+    )
     return TokenOutput(**{name: found[name] for name in found if name != "logps" or "logps" in outputs})
 
 
@@ -180,19 +190,33 @@ def _tokens(
     wanted: int,
     memory_budget: int | None,
     compact: bool,
+    grad_tolerance: Tolerance,
 ) -> dict[str, Tensor]:
-    """Token log-probs and the statistics wanted, by name; rows of weight 0 do not count."""
+    """Token log-probs and the statistics wanted, by name, and `skipped`; rows of weight 0 do not count."""
     budget, compact = default_budget(hidden.device, memory_budget), truth("compact", compact)
     with gathered(*_parameters(weight, bias, lora)):
         *tensors, scaling = _prepare(hidden, weight, bias, lora)
-        keep = wants_gradient(*tensors)
-        head = Head(None, None, None, None, scaling, budget)  # type: ignore[arg-type]
+        keep, tolerances = wants_gradient(*tensors), grad_tolerances(grad_tolerance)
+        head, skipped = _head(scaling, budget, tolerances), _skipped(hidden, keep, tolerances)
         # torch.compile's answer above is yes in any case; logits are kept for a backward that really follows
         follows = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         a = LinearTokenForward(head, TokenForward(rows, wanted, follows), compact)
-        found = run(LinearTokenLogps, keep, *tensors, a)
+        found = run(LinearTokenLogps, keep, *tensors, a, skipped)
     names = ("logps", *(each.name for each in named_statistics(wanted)))
-    return dict(zip(names, found, strict=True))
+    by_name = dict(zip(names, found, strict=True))
+    return by_name if skipped is None else by_name | {"skipped": skipped}
+
+
+def _head(scaling: float, budget: int, tolerances: tuple[float, float]) -> Head:
+    """The head without its tensors, which autograd has to see one by one."""
+    return Head(None, None, None, None, scaling, budget, *tolerances)  # type: ignore[arg-type]
+
+
+def _skipped(hidden: Tensor, keep: bool, tolerances: tuple[float, float]) -> Tensor | None:
+    """Where a backward pass says what it has left out; it cannot in a compiled graph."""
+    if not keep or not any(tolerances) or torch.compiler.is_compiling():
+        return None
+    return torch.full((), float("nan"), device=hidden.device)
 
 
 def linear_sequence_logps(
@@ -205,6 +229,7 @@ def linear_sequence_logps(
     cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
     average: bool = False,
+    grad_tolerance: Tolerance = 0.0,
     memory_budget: int | None = None,
     compact: bool = True,
     **options: Unpack[LogitKeywords],
@@ -224,7 +249,7 @@ def linear_sequence_logps(
     check_no_grad("token_weights", token_weights)
     rows = Rows(targets, None, token_weights, only_logit_keywords("linear_sequence_logps", options))
     seqs = Sequences(cu_seqlens, truth("average", average))
-    tokens, sums = _sums(hidden, weight, bias, lora, rows, seqs, 0, memory_budget, compact)
+    tokens, sums = _sums(hidden, weight, bias, lora, rows, seqs, 0, memory_budget, compact, grad_tolerance)
     return sums.to(tokens["logps"].dtype)
 
 
@@ -238,10 +263,11 @@ def _sums(
     wanted: int,
     memory_budget: int | None,
     compact: bool,
+    grad_tolerance: Tolerance = 0.0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Token log-probs and statistics, and the log-probs' sums over sequences, these in float64."""
     check_sequences(hidden, rows, seqs, "hidden")
-    tokens = _tokens(hidden, weight, bias, lora, rows, wanted, memory_budget, compact)
+    tokens = _tokens(hidden, weight, bias, lora, rows, wanted, memory_budget, compact, grad_tolerance)
     kept, accurate = (
         kept_rows(rows.targets, rows.options.ignore_index, rows.token_weights),
         accurate_type(hidden.device),
@@ -333,6 +359,7 @@ def linear_dpo_loss(
     average: bool | None = None,
     reduction: str = "mean",
     outputs: Sequence[str] = (),
+    grad_tolerance: Tolerance = 0.0,
     memory_budget: int | None = None,
     compact: bool = True,
     **options: Unpack[DPOKeywords],
@@ -344,7 +371,7 @@ def linear_dpo_loss(
     again instead.
 
     Args:
-        hidden, weight, targets, bias, lora, memory_budget, compact: as for `linear_token_logps`.
+        hidden, weight, targets, bias, lora, grad_tolerance, memory_budget, compact: as for `linear_token_logps`.
         ref_logps: [S], the reference model's sequence log-probs; or
         ref_hidden: like hidden, the reference model's hidden states, with ref_weight [V, H'] (default: weight) and
             ref_bias [V]. No gradient goes to any of them.
@@ -361,6 +388,7 @@ def linear_dpo_loss(
     )
     logit_options, keywords = split_logit_keywords(options), dict(**options)
     wpo, compact, wanted = truth("wpo", wpo), truth("compact", compact), loss_statistics(outputs)
+    tolerances = grad_tolerances(grad_tolerance)
     choice = choose(
         keywords, hidden, beta, pair_weights, baseline, reduction, token_weights if ld_alpha is None else ld_alpha,
         ref_logps if ref_hidden is None else ref_hidden, loss_type, label_smoothing, average, wpo,
@@ -400,14 +428,15 @@ def linear_dpo_loss(
         needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
         # gradients of "none" and of losses that couple the batch are made in backward
         early = needs if reduction != "none" and not loss.coupled else (False,) * len(needs)
-        head = Head(None, None, None, None, scaling, budget)  # type: ignore[arg-type]
+        head, skipped = _head(scaling, budget, tolerances), _skipped(hidden, wants_gradient(*tensors), tolerances)
         dpo = DPOForward(rows, seqs, choice.pairs(pairs), ref_logps, wpo, all_wanted, True)
         a = LinearDPOForward(head, dpo, loss.z_loss_weight, early)
-        found = run(LinearDPOLoss, wants_gradient(*tensors), *tensors, a, bool(outputs))
+        found = run(LinearDPOLoss, wants_gradient(*tensors), *tensors, a, bool(outputs), skipped)
     out = output(found, choice, pairs)
     kept = kept_rows(targets, logit_options.ignore_index, weights) if outputs else targets
     out = with_tokens(out, all_wanted, outputs, found[5:], targets, kept, cu_seqlens)
-    return reduced(out, choice, ref_logps)
+    out = reduced(out, choice, ref_logps)
+    return out if skipped is None else out._replace(skipped=skipped)
 
 
 _TENSORS = (

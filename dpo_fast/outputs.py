@@ -14,7 +14,7 @@ class TokenOutput(NamedTuple):
     logps: log p of the target. entropy: -sum_v p_v log p_v, in nats. mean_logits: mean over the vocabulary of the
     (scaled, capped) logits. is_top1: whether the target is the largest logit, ties going to the first index.
     log_sum_sq_probs: log sum_v p_v^2. lse: log sum_v exp z_v of the (scaled, capped) logits z. logps, entropy and lse
-    are differentiable.
+    are differentiable. skipped: as in DPOOutput.
     """
 
     logps: Any = None
@@ -23,6 +23,7 @@ class TokenOutput(NamedTuple):
     is_top1: Any = None
     log_sum_sq_probs: Any = None
     lse: Any = None
+    skipped: Any = None
 
 
 class DPOOutput(NamedTuple):
@@ -34,7 +35,8 @@ class DPOOutput(NamedTuple):
     differentiable. pairs: [P, 2] in use, None for the default (first half chosen, second half rejected), -1 for a side
     that is not there (`unpaired`: there are such). tokens: the statistics of tokens that were asked for; token_sums:
     their sums over the tokens of each sequence that count, and the number of these as "lengths", [S] each.
-    pair_weights: [P] as given.
+    pair_weights: [P] as given. skipped: [], of a head with `grad_tolerance` and gradients: the share of the gradients'
+    mass that the last backward pass left out, sum_n |g_n| m_n / sum_n |g_n|, NaN before it; None otherwise.
     """
 
     loss: Tensor
@@ -47,6 +49,7 @@ class DPOOutput(NamedTuple):
     tokens: TokenOutput | None = None
     token_sums: dict[str, Tensor] | None = None
     pair_weights: Any = None
+    skipped: Any = None
 
     def _side(self, k: int, values: Any) -> Any:
         """[S] -> those of the chosen (0) or rejected (1) sequences, in the order of the pairs; 0 for absent sides and

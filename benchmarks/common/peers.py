@@ -42,6 +42,12 @@ TOKENS, SEQUENCES, DPO, THREADS, HUGE_PAGES, VARYING, PREFERENCE, LINEAR = (
     "linear_dpo_loss",
 )
 
+# grad_tolerance: its level, its works and their candidates
+TOLERANCE = "grad_tolerance"
+REAL_PRODUCTS, REAL_BACKWARD, FLAT_BACKWARD = "products, real tokens", "backward, real tokens", "backward, flat rows"
+TWO_PRODUCTS, EXACT = "two dense products", "exact"
+TOLERANCES = {"2^-8": 2.0**-8, "2^-10": 2.0**-10}
+
 FAST = "dpo_fast"
 INPLACE = "dpo_fast, in place"
 PACKED = "dpo_fast, packed, in place"

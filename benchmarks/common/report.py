@@ -19,6 +19,7 @@ TITLES = {
     peers.SEQUENCES: "`sequence_logps`, from logits",
     peers.TOKENS: "`token_logps`, from logits",
     peers.LINEAR: "`linear_dpo_loss`, from hidden states and the LM head",
+    peers.TOLERANCE: "`grad_tolerance`, the head's backward pass; `vs dpo_fast`: over the exact way",
     peers.HUGE_PAGES: "`dpo_loss`, where torch asks for huge pages (THP_MEM_ALLOC_ENABLE=1)",
     peers.PREFERENCE: "`preference_loss`, from log-probs",
 }

@@ -87,6 +87,16 @@ def linear_cases(device: str) -> list[Case]:
     ]
 
 
+def tolerance_cases(device: str) -> list[Case]:
+    """Completion tokens of the demo's data under its model's head."""
+    return [Case("SmolLM2", dtype, 1, 512, hidden=576) for dtype in FLOATS] if device == "cpu" else []
+
+
+def tolerance_products(device: str) -> list[Case]:
+    """Those in float32: half types may find dense products faster."""
+    return tolerance_cases(device)[:1]
+
+
 # Qwen2.5-0.5B's head: as much as two cores do in a second or two.
 LINEAR_LARGE = Case("Qwen2.5", "bfloat16", 2, 256, 0.5, hidden=896)
 

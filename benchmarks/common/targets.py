@@ -22,6 +22,7 @@ CPU_SCALING = 1.7
 CPU_VARYING = 1.0
 INPLACE_MEMORY, ALLOCATED_MEMORY = 0.01, 1.01
 CPU_PRODUCTS, CUDA_PRODUCTS = 1.10, 1.15
+TOLERANCE_PRODUCTS, TOLERANCE_FLAT = {"2^-8": 0.13, "2^-10": 0.24}, 1.03
 CUDA_READ_SHARE, CUDA_COPY_SHARE = 0.90, 0.85
 CUDA_RECOMPUTING, CUDA_LIGER = 1.3, 3.0
 MEMORY_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}  # linear_dpo_loss's default
@@ -251,6 +252,25 @@ def _cpu_linear(book: Book) -> list[Target]:
     found = []
     for case in [case for case in shapes.linear_cases("cpu") if case.ignored == 0.5]:
         found += [_products(book, case, CPU_PRODUCTS), _linear_memory(book, case, "cpu")]
+    return [*found, *_tolerance(book)]
+
+
+def _tolerance(book: Book) -> list[Target]:
+    found = []
+    for case in shapes.tolerance_cases("cpu"):
+        for name, bound in TOLERANCE_PRODUCTS.items() if case.dtype == "float32" else ():
+            ratio = book.ratio(peers.TOLERANCE, peers.REAL_PRODUCTS, case, name, peers.TWO_PRODUCTS)
+            beside = book.times(peers.TOLERANCE, peers.REAL_PRODUCTS, [case], (name, peers.TWO_PRODUCTS))
+            text = f"≤ {bound:g}x the two dense products"
+            found.append(line(f"grad_tolerance {name}", text, [case], [ratio], at_most(bound), times, beside))
+        for work in (peers.REAL_BACKWARD, peers.FLAT_BACKWARD):
+            ratios = [book.ratio(peers.TOLERANCE, work, case, name, peers.EXACT) for name in peers.TOLERANCES]
+            worst = None if None in ratios else max(ratio for ratio in ratios if ratio is not None)
+            what = f"{case.dtype} grad_tolerance, {work}"
+            beside = book.times(peers.TOLERANCE, work, [case], (peers.EXACT, *peers.TOLERANCES))
+            found.append(
+                line(what, f"≤ {TOLERANCE_FLAT:g}x exact", [case], [worst], at_most(TOLERANCE_FLAT), times, beside)
+            )
     return found
 
 

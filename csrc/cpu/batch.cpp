@@ -161,6 +161,8 @@ void spread_to_rows(const CpuRows& rows, const Sequences& seqs, const double* gr
 
 void after_fork_in_child() { forked = true; }
 
+bool is_forked_child() { return forked; }
+
 BatchStatus token_forward(const RowKernels& isa, const Rows& given, int threads, const TokenArrays& out) {
   return rows_forward(CpuRows(given, isa), threads, out);
 }

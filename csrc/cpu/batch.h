@@ -32,6 +32,7 @@ struct References {
 
 // OpenMP's threads do not live on in a forked child: from here on, work in the calling thread.
 void after_fork_in_child();
+bool is_forked_child();
 
 // Fills the arrays of `out` that are not null; logps has to be there, stats is what backward reads.
 BatchStatus token_forward(const RowKernels& isa, const Rows& rows, int threads, const TokenArrays& out);

@@ -245,7 +245,9 @@ class LinearTokenLogps(torch.autograd.Function):
     """Token log-probs and the statistics wanted, from hidden states and the head."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Maybe, lora_a: Maybe, lora_b: Maybe, a: Any) -> Tensors:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Maybe, lora_a: Maybe, lora_b: Maybe, a: Any, skipped: Maybe
+    ) -> Tensors:
         a = _with_head(a, w, b, lora_a, lora_b)
         wanted = a.tokens.wanted
         (logps, stats, statistics), buffer = call(LINEAR_TOKEN_FORWARD, x, a)
@@ -254,6 +256,7 @@ class LinearTokenLogps(torch.autograd.Function):
         entropy = statistic("entropy", wanted, statistics)
         _save_head(ctx, x, a.head, a.tokens.rows, Saved(logps, stats, entropy, None, None))
         ctx.buffer, ctx.wanted, ctx.compact = buffer if a.tokens.keep else None, wanted, a.compact
+        ctx.skipped = skipped
         return _token_outputs(ctx, wanted, logps, statistics, entropy)
 
     @staticmethod
@@ -261,10 +264,10 @@ class LinearTokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Maybe, *grad_statistics: Maybe) -> tuple[Any, ...]:
         grad = Grads(grad_logps, _differentiable(ctx.wanted, grad_statistics))
         if grad_logps is None and not grad.statistics:
-            return (None,) * 6
+            return (None,) * 7
         # the kept logits are written over: a second backward makes them again
         buffer, ctx.buffer = ctx.buffer, None
-        return (*_head_gradient(ctx, grad, buffer, ctx.compact), None)
+        return (*_head_gradient(ctx, grad, buffer, ctx.compact), None, None)
 
 
 def _with_head(a: Any, weight: Tensor, bias: Maybe, lora_a: Maybe, lora_b: Maybe) -> Any:
@@ -285,7 +288,9 @@ def _head_gradient(ctx: Any, grad: Grads, buffer: Maybe, compact: bool) -> list[
     rows = Rows(targets, None, weights, ctx.options)
     a = LinearTokenBackward(head, rows, Saved(*saved), buffer, grad, compact, needs)
     with gathered(weight, bias, lora_a, lora_b):
-        found = call(LINEAR_TOKEN_BACKWARD, hidden, a)
+        found, skipped = call(LINEAR_TOKEN_BACKWARD, hidden, a)
+    if ctx.skipped is not None:
+        ctx.skipped.copy_(skipped)
     return [g if needed else None for g, needed in zip(found, needs, strict=True)]
 
 
@@ -293,9 +298,11 @@ class LinearDPOLoss(torch.autograd.Function):
     """As DPOLoss, from hidden states and the head; gradients are made in forward where `a.needs` says so."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Maybe, lora_a: Maybe, lora_b: Maybe, a: Any, tokens: Any) -> Tensors:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Maybe, lora_a: Maybe, lora_b: Maybe, a: Any, tokens: Any, skipped: Maybe
+    ) -> Tensors:
         a = _with_head(a, w, b, lora_a, lora_b)
-        (losses, seq_logps, (logps, stats, statistics), _), grads = call(LINEAR_DPO_FORWARD, x, a)
+        (losses, seq_logps, (logps, stats, statistics), _), grads, left_out = call(LINEAR_DPO_FORWARD, x, a)
         loss, each, chosen_rewards, rejected_rewards, pair_grads = losses
         of_tokens = [logps if ctx is None else logps.clone(), *statistics] if tokens else []
         if ctx is not None:
@@ -305,6 +312,9 @@ class LinearDPOLoss(torch.autograd.Function):
             ctx.n_seqs = seq_logps.shape[0]
             ctx.seqs, ctx.pairs, ctx.z_loss_weight = a.dpo.seqs, a.dpo.pairs, a.z_loss_weight
             ctx.grads = list(grads) if any(a.needs) else None
+            ctx.skipped = skipped
+            if skipped is not None and any(a.needs):
+                skipped.copy_(left_out)
             ctx.mark_non_differentiable(chosen_rewards, rejected_rewards, *of_tokens)
         return loss, each, seq_logps, chosen_rewards, rejected_rewards, *of_tokens
 
@@ -312,12 +322,13 @@ class LinearDPOLoss(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, loss: Maybe, losses: Maybe, seq_logps: Maybe, *_: Any) -> tuple[Any, ...]:
         if loss is None and losses is None and seq_logps is None:
-            return (None,) * 7
+            return (None,) * 8
         grads, ctx.grads = ctx.grads, None
         if grads is not None and loss is not None and losses is None and seq_logps is None:
-            return (*_early_gradients(ctx, grads, loss), None, None)
+            return (*_early_gradients(ctx, grads, loss), None, None, None)
         del grads
-        return (*_head_gradient(ctx, _token_gradients(ctx, loss, losses, seq_logps), None, True), None, None)
+        of_tokens = _token_gradients(ctx, loss, losses, seq_logps)
+        return (*_head_gradient(ctx, of_tokens, None, True), None, None, None)
 
 
 def _early_gradients(ctx: Any, grads: list[Maybe], loss: Tensor) -> list[Maybe]:

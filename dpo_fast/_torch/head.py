@@ -100,28 +100,63 @@ class HeadSums:
 
     def add(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice, scale: Tensor | float = 1.0) -> None:
         """Adds a tile: dz [R, V] times `scale` ([], for float16) is the gradient of the logits of hidden [R, H]."""
+        self.add_to_hidden(dz, hidden, rows, scale)
+        self.add_to_weight(dz, hidden, rows, scale)
+
+    def add_to_hidden(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice, scale: Tensor | float) -> None:
+        """Adds to the gradients that come by way of the hidden states: theirs, and LoRA's A's."""
+        head = self.head
+        grad = None if self.hidden is None else _scaled(_product(dz, head.weight), scale)
+        if head.lora_a is not None and head.lora_b is not None and (self.needs["lora_a"] or grad is not None):
+            du = _scaled(_product(dz, head.lora_b), scale * head.lora_scaling)
+            if dz.dtype is not torch.float16:  # its range is too small for what B has made of dz
+                du = du.to(dz.dtype)
+            if self.needs["lora_a"]:
+                self._sum("lora_a", du.t(), hidden.to(du.dtype))
+            if grad is not None:
+                grad = grad + _product(du, head.lora_a.to(du.dtype))
+        if self.hidden is not None and grad is not None:
+            self.hidden[rows] = grad.to(self.hidden.dtype)
+
+    def add_to_weight(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice, scale: Tensor | float) -> None:
+        """Adds to the gradients of the head's rows: weight, bias and LoRA's B."""
         head, needs = self.head, self.needs
-        if self.hidden is not None:
-            grad = _scaled(_product(dz, head.weight), scale)
         if needs["weight"]:
             self._sum("weight", dz.t(), hidden, scale)
         if needs["bias"]:
             self._put("bias", dz.sum(0, dtype=wide_type(dz.dtype)), scale)
-        if head.lora_a is not None and head.lora_b is not None:
-            if needs["lora_b"]:
-                self._sum("lora_b", dz.t(), _low_rank(head, hidden), scale * head.lora_scaling)
-            if needs["lora_a"] or self.hidden is not None:
-                du = _scaled(_product(dz, head.lora_b), scale * head.lora_scaling)
-                if dz.dtype is not torch.float16:  # its range is too small for what B has made of dz
-                    du = du.to(dz.dtype)
-                if needs["lora_a"]:
-                    self._sum("lora_a", du.t(), hidden.to(du.dtype), 1.0)
-                if self.hidden is not None:
-                    grad = grad + _product(du, head.lora_a.to(du.dtype))
-        if self.hidden is not None:
-            self.hidden[rows] = grad.to(self.hidden.dtype)
+        if needs["lora_b"] and head.lora_a is not None:
+            self._sum("lora_b", dz.t(), _low_rank(head, hidden), scale * head.lora_scaling)
 
-    def _sum(self, name: str, a: Tensor, b: Tensor, scale: Tensor | float) -> None:
+    def add_columns(
+        self, kind: str, columns: Tensor, dz: Tensor, hidden: Tensor, rows: Tensor, scale: Tensor | float
+    ) -> None:
+        """As add_to_hidden or add_to_weight (`kind`), of a dz [R, C] whose other columns count as 0."""
+        whole = self.head
+        bias, lora_b = (None if t is None else t[columns] for t in (whole.bias, whole.lora_b))
+        part = whole._replace(weight=whole.weight[columns], bias=bias, lora_b=lora_b)
+        if kind == "hidden":
+            self.head = part
+            self.add_to_hidden(dz, hidden, rows, scale)
+            self.head = whole
+            return
+        found = HeadSums(part, hidden, (False, *[self.needs[name] for name in HEAD_INPUTS[1:]]), 1, self.dtype)
+        found.add_to_weight(dz, hidden, rows, scale)
+        for name, value in found.sums.items():
+            out, has_sums = self.accumulator(name, (whole.weight.shape[0], *value.shape[1:]))
+            if not has_sums:
+                out.zero_()
+            out.index_add_(0, columns, value.to(out.dtype))
+
+    def accumulator(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """The float32 sum (float64 for float64) of this name, and whether something has been added to it."""
+        has_sums, like = name in self.sums, self.head.weight
+        if not has_sums:
+            self.sums[name] = torch.empty(shape, dtype=wide_type(like.dtype), device=like.device)
+        return self.sums[name], has_sums
+
+    def _sum(self, name: str, a: Tensor, b: Tensor, scale: Tensor | float = 1.0) -> None:
+        """Adds a @ b times `scale` to a sum."""
         if name in self.sums and isinstance(scale, float) and a.dtype in (torch.float32, torch.float64):
             self.sums[name].addmm_(a, b, alpha=scale)
         else:

@@ -26,11 +26,11 @@ from dpo_fast._torch.operators import (
     TOKEN_FORWARD,
     DPOForward,
     Grads,
-    HeadGradients,
     LinearDPOForward,
     LinearDPOResult,
     LinearTokenBackward,
     LinearTokenForward,
+    LinearTokenGradients,
     LinearTokenResult,
     Pairs,
     PreferenceBackward,
@@ -53,6 +53,7 @@ from dpo_fast._torch.sequences import (
     token_factors,
     wpo_weights,
 )
+from dpo_fast._torch.sparse_head import Allowance, Skipped, Tile, add_tile, allowance
 from dpo_fast._torch.tiles import plan_rows, tile_bounds
 
 _NO_SEQUENCES = Sequences(None, False)
@@ -133,12 +134,17 @@ def linear_token_forward(hidden: Tensor, a: LinearTokenForward) -> LinearTokenRe
 
 
 @_without_autocast
-def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradients:
+def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> LinearTokenGradients:
     shapes.linear_token_backward(hidden, a)
     head, options = trimmed(a.head, a.rows.options), a.rows.options
     vocab, x = head.weight.shape[0], hidden.reshape(-1, hidden.shape[-1])
     incoming = [None if g is None else g.reshape(-1) for g in (a.grad.logps, *a.grad.statistics)]
     kept = _kept(a.rows)
+    skipped = Skipped(head, hidden)
+    allowed = None
+    if a.compact and incoming[0] is not None:  # without compaction nothing is read on the host
+        of_kept = Grads(torch.where(kept, incoming[0], 0), tuple(incoming[1:]))
+        allowed = allowance(head, a.needs, of_kept, kept.sum().clamp(min=1))
     moved = torch.zeros_like(kept)
     for g in incoming:
         moved = moved if g is None else moved | (g != 0)
@@ -154,7 +160,9 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
         )
     tiles = tile_bounds(plan)
     sums = HeadSums(head, x, a.needs, len(tiles), hidden.dtype)
-    scale = range_scale(incoming, hidden.dtype)
+    scale, unscaled = range_scale(incoming, hidden.dtype), incoming[0]
+    if unscaled is not None:
+        skipped.count(unscaled[kept])
     if scale is not None:
         incoming = [None if g is None else g * scale for g in incoming]
     saved = [None if t is None else t.reshape(-1) for t in (a.saved.logps, a.saved.entropy)]
@@ -163,12 +171,22 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
         part, z = _tile(index, start, end), buffer[place : place + end - start]
         if start >= plan.kept_rows:
             head_logits(head, x[part], z)
+        if allowed is not None and unscaled is not None:
+            saved_rows = saved[0][part], stats[part]  # type: ignore[index]
+            tile = Tile(z, x[part], _row_numbers(part, x), _part(rows, part), *saved_rows, unscaled[part], scale)
+            if skipped.add(add_tile(sums, tile, allowed.of(part), _logits_gradient)):
+                continue
         logps, entropy, g, *of_statistics = (None if t is None else t[part] for t in (*saved, *incoming))
         _logits_gradient(z, _part(rows, part), logps, stats[part], entropy, Grads(g, tuple(of_statistics)))
         # a row without a gradient takes no part in the products, whatever its numbers are
         sums.add(z, x[part].masked_fill(~moved[part].unsqueeze(-1), 0), part, 1.0 if scale is None else 1 / scale)
     found = sums.result(a.head)
-    return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
+    found = found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
+    return LinearTokenGradients(found, skipped.share())
+
+
+def _row_numbers(part: Tensor | slice, x: Tensor) -> Tensor:
+    return part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=x.device)
 
 
 def _logits_gradient(z: Tensor, rows: Rows, logps: Any, stats: Tensor, entropy: Tensor | None, grad: Grads) -> None:
@@ -311,6 +329,7 @@ def linear_dpo_forward(hidden: Tensor, arguments: LinearDPOForward) -> LinearDPO
     early_type = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype  # as allocated
     sums = HeadSums(head, x, needs, n_tiles, early_type)
     squares = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    skipped = Skipped(head, hidden)
     for group, size in zip(batch.groups, batch.sizes, strict=True):
         rows = batch.rows(group[0])
         tiles = [rows[start : start + batch.fit] for start in range(0, size, batch.fit)]
@@ -345,16 +364,26 @@ def linear_dpo_forward(hidden: Tensor, arguments: LinearDPOForward) -> LinearDPO
         z_share = 2 * z_loss_weight / max(batch.n_tokens, 1) * n_pairs / divisor
         of_statistics = () if lse is None else only_statistic("lse", lse * z_share)
         row_grads = Grads(by_row.to(tokens.logps.dtype), of_statistics)
-        _group_gradients(sums, x, tiles, buffer, a.rows, tokens, row_grads)
+        allowed = allowance(head, needs, row_grads, size)
+        skipped.count(by_row)
+        _group_gradients(sums, x, tiles, buffer, a.rows, tokens, row_grads, allowed, skipped)
     total = out.losses.losses.double().sum() + squares * (z_loss_weight / max(batch.n_tokens, 1) * n_pairs)
     out.losses.loss.copy_(total / divisor)
     grads = sums.result(whole_head)
     grads = grads if grads.hidden is None else grads._replace(hidden=grads.hidden.view(hidden.shape))
-    return LinearDPOResult(out, grads)
+    return LinearDPOResult(out, grads, skipped.share())
 
 
 def _group_gradients(
-    sums: HeadSums, x: Tensor, tiles: list[Tensor], buffer: Tensor, rows: Rows, tokens: TokenResult, grad: Grads
+    sums: HeadSums,
+    x: Tensor,
+    tiles: list[Tensor],
+    buffer: Tensor,
+    rows: Rows,
+    tokens: TokenResult,
+    grad: Grads,
+    allowed: Allowance | None,
+    skipped: Skipped,
 ) -> None:
     """Adds a group's gradients; grad: of its rows, in the tiles' order. Logits of a single tile are still there."""
     incoming = (grad.logps, *grad.statistics)
@@ -364,6 +393,12 @@ def _group_gradients(
         z, h, end = buffer[: part.shape[0]], x[part], start + part.shape[0]
         if len(tiles) > 1:  # a pair too large for the budget: its logits are made again
             head_logits(sums.head, h, z)
+        here = slice(start, end)
+        if allowed is not None and grad.logps is not None:
+            tile = Tile(z, h, part, _part(rows, part), tokens.logps[part], tokens.stats[part], grad.logps[here], scale)
+            if skipped.add(add_tile(sums, tile, allowed.of(here), _logits_gradient)):
+                start = end
+                continue
         local = [None if g is None else g[start:end] if scale is None else g[start:end] * scale for g in incoming]
         grads = Grads(local[0], tuple(local[1:]))
         _logits_gradient(z, _part(rows, part), tokens.logps[part], tokens.stats[part], None, grads)

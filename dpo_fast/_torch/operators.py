@@ -74,6 +74,8 @@ class Head(NamedTuple):
     lora_b: Tensor | None  # [V, r]
     lora_scaling: float
     budget: int  # bytes for tiles of logits
+    hidden_tolerance: float = 0.0  # of the gradients that come by way of the hidden states; 0: exact
+    weight_tolerance: float = 0.0  # of those of the head's rows
 
 
 # --- arguments of the operators ---------------------------------------------------------------------------------------
@@ -222,11 +224,19 @@ class HeadGradients(NamedTuple):
     lora_b: Tensor | None
 
 
+class LinearTokenGradients(NamedTuple):
+    """Of a backward pass to hidden states and head."""
+
+    grad: HeadGradients
+    skipped: Any  # as below
+
+
 class LinearDPOResult(NamedTuple):
     """Of a loss from hidden states."""
 
     dpo: DPOResult
     grad: HeadGradients
+    skipped: Any  # Tensor []: the share of the gradients' mass left out; None where nothing may be
 
 
 HEAD_INPUTS = HeadGradients._fields
@@ -333,7 +343,7 @@ ROWS_BACKWARD_INPLACE = Operator("rows_backward_", "logits", RowsBackward, None)
 PREFERENCE_FORWARD = Operator("preference_forward", "logps", PreferenceForward, PreferenceResult)
 PREFERENCE_BACKWARD = Operator("preference_backward", "logps", PreferenceBackward, Tensor)
 LINEAR_TOKEN_FORWARD = Operator("linear_token_forward", "hidden", LinearTokenForward, LinearTokenResult)
-LINEAR_TOKEN_BACKWARD = Operator("linear_token_backward", "hidden", LinearTokenBackward, HeadGradients, "buffer")
+LINEAR_TOKEN_BACKWARD = Operator("linear_token_backward", "hidden", LinearTokenBackward, LinearTokenGradients, "buffer")
 LINEAR_DPO_FORWARD = Operator("linear_dpo_forward", "hidden", LinearDPOForward, LinearDPOResult)
 OPERATORS = (
     TOKEN_FORWARD, SEQUENCE_FORWARD, DPO_FORWARD, ROWS_BACKWARD, ROWS_BACKWARD_INPLACE, PREFERENCE_FORWARD,

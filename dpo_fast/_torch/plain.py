@@ -77,7 +77,7 @@ def _targets(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return index, kept, kept.unsqueeze(-1) & ((index < 0) | (index >= vocab))
 
 
-def _transform(x: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | float]:
+def transform(x: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | float]:
     """z and dz/dx."""
     slope = options.logit_scale / options.temperature
     if options.softcap == 0:
@@ -109,7 +109,7 @@ def _rows_forward(logits: Tensor, rows: Rows, out: TokenResult, wanted: int) -> 
     logps = out.logps.view(targets.shape)
     for part in _chunks(logits):
         x, kept = logits[part].to(wide)[..., :vocab], all_kept[part]
-        z, _ = _transform(x, options)
+        z, _ = transform(x, options)
         shift = z.amax(-1, keepdim=True)
         total = torch.exp(z - shift).sum(-1, keepdim=True)
         logp = (z - shift) - total.log()
@@ -159,7 +159,7 @@ def rows_backward_into(grad: Tensor, logits: Tensor, a: RowsBackward) -> None:
     moved = kept & ((g != 0).any(-1) | (of_rows[0] != 0) | (of_rows[1] != 0))
     logps = saved.logps.view(g.shape).to(wide)
     for part in _chunks(logits):
-        z, slope = _transform(logits[part].to(wide)[..., :vocab], options)
+        z, slope = transform(logits[part].to(wide)[..., :vocab], options)
         stat, g_entropy, g_lse = saved.stats[part], of_rows[0][part].unsqueeze(-1), of_rows[1][part].unsqueeze(-1)
         d = z - stat[..., :1]
         p = torch.exp(d) * stat[..., 1:]

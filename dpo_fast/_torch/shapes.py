@@ -16,11 +16,13 @@ from dpo_fast._torch.operators import (
     PLAIN,
     DPOForward,
     DPOResult,
+    Head,
     HeadGradients,
     LinearDPOForward,
     LinearDPOResult,
     LinearTokenBackward,
     LinearTokenForward,
+    LinearTokenGradients,
     LinearTokenResult,
     PreferenceBackward,
     PreferenceForward,
@@ -177,7 +179,7 @@ def linear_token_forward(hidden: Tensor, a: LinearTokenForward) -> LinearTokenRe
     return LinearTokenResult(TokenResult(logps, stats, statistics), buffer)
 
 
-def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradients:
+def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> LinearTokenGradients:
     checks.check_head(hidden, a.head, a.rows)
     targets = a.rows.targets
     checks.check_saved(hidden, targets, a.saved.logps, a.saved.stats)
@@ -185,7 +187,7 @@ def linear_token_backward(hidden: Tensor, a: LinearTokenBackward) -> HeadGradien
     if a.buffer is not None:
         checks.check_device("buffer", a.buffer, hidden, "hidden")
     checks.check_gradients(hidden, targets, a.grad, 0, 0)
-    return _head_gradients(hidden, a, hidden.dtype)
+    return LinearTokenGradients(_head_gradients(hidden, a, hidden.dtype), _skipped(hidden, a.head))
 
 
 def _head_gradients(hidden: Tensor, a: LinearTokenBackward | LinearDPOForward, dtype: torch.dtype) -> HeadGradients:
@@ -195,8 +197,13 @@ def _head_gradients(hidden: Tensor, a: LinearTokenBackward | LinearDPOForward, d
     )
 
 
+def _skipped(hidden: Tensor, head: Head) -> Tensor | None:
+    return hidden.new_empty((), dtype=torch.float32) if head.hidden_tolerance or head.weight_tolerance else None
+
+
 def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
     checks.check_head(hidden, a.head, a.dpo.rows)
     # gradients made before the incoming gradient is known: float16 waits for its loss scale
     early_type = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
-    return LinearDPOResult(_dpo_results(hidden, a.dpo, "hidden", True), _head_gradients(hidden, a, early_type))
+    grads, skipped = _head_gradients(hidden, a, early_type), _skipped(hidden, a.head)
+    return LinearDPOResult(_dpo_results(hidden, a.dpo, "hidden", True), grads, skipped)
