@@ -269,6 +269,13 @@ def synthetic(
         add(peers.LINEAR, STEP, case, peers.FAST, 105.0, 200 << 20)
         add(peers.LINEAR, STEP, case, peers.PRODUCTS, 100.0)
         add(peers.LINEAR, STEP, case, peers.LIGER, 400.0)
+    for case in shapes.tolerance_cases("cpu"):
+        add(peers.TOLERANCE, peers.REAL_PRODUCTS, case, peers.TWO_PRODUCTS, 100.0)
+        for work in (peers.REAL_PRODUCTS, peers.REAL_BACKWARD, peers.FLAT_BACKWARD):
+            if work != peers.REAL_PRODUCTS:
+                add(peers.TOLERANCE, work, case, peers.EXACT, 10.0)
+            for name in peers.TOLERANCES:
+                add(peers.TOLERANCE, work, case, name, 10.0)
     return records
 
 

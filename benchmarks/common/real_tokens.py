@@ -28,8 +28,8 @@ def real_tokens(n_rows: int) -> RealTokens:
     """The first n_rows completion tokens of the demo's pairs, in the file's order, in float32."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
-    import language_model
-    import preference_data
+    import language_model  # type: ignore[import-not-found]
+    import preference_data  # type: ignore[import-not-found]
 
     model, tokenizer = language_model.load_model(*language_model.find_model(None), torch.device("cpu"))
     hidden, targets, found = [], [], 0
