@@ -84,33 +84,18 @@ enum Statistic {
       kStatistics
 };
 
-DPO_FAST_HD const char* statistic_name(int statistic) {
-  switch (statistic) {
-#define DPO_FAST_STATISTIC(name, extras, has_gradient) \
-  case kStatistic_##name: return #name;
-    DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
-#undef DPO_FAST_STATISTIC
-    default: return "";
-  }
-}
+struct StatisticTraits {
+  const char* name;
+  bool takes_extras, has_gradient;
+};
 
-DPO_FAST_HD bool statistic_takes_extras(int statistic) {
+DPO_FAST_HD StatisticTraits statistic_traits(int statistic) {
   switch (statistic) {
 #define DPO_FAST_STATISTIC(name, extras, has_gradient) \
-  case kStatistic_##name: return extras;
+  case kStatistic_##name: return StatisticTraits{#name, extras, has_gradient};
     DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
 #undef DPO_FAST_STATISTIC
-    default: return false;
-  }
-}
-
-DPO_FAST_HD bool statistic_has_gradient(int statistic) {
-  switch (statistic) {
-#define DPO_FAST_STATISTIC(name, extras, has_gradient) \
-  case kStatistic_##name: return has_gradient;
-    DPO_FAST_STATISTICS(DPO_FAST_STATISTIC)
-#undef DPO_FAST_STATISTIC
-    default: return false;
+    default: return StatisticTraits{"", false, false};
   }
 }
 

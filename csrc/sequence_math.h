@@ -52,27 +52,22 @@ enum LogitOption {
       kLogitOptions
 };
 
-DPO_FAST_HD const char* logit_option_name(int option) {
+struct LogitOptionTraits {
+  const char* name;
+  bool is_whole;
+};
+
+DPO_FAST_HD LogitOptionTraits logit_option_traits(int option) {
   switch (option) {
 #define DPO_FAST_OPTION(name, is_whole, place) \
-  case kLogitOption_##name: return #name;
+  case kLogitOption_##name: return LogitOptionTraits{#name, is_whole};
     DPO_FAST_LOGIT_OPTIONS(DPO_FAST_OPTION)
 #undef DPO_FAST_OPTION
-    default: return "";
+    default: return LogitOptionTraits{"", false};
   }
 }
 
-DPO_FAST_HD bool logit_option_is_whole(int option) {
-  switch (option) {
-#define DPO_FAST_OPTION(name, is_whole, place) \
-  case kLogitOption_##name: return is_whole;
-    DPO_FAST_LOGIT_OPTIONS(DPO_FAST_OPTION)
-#undef DPO_FAST_OPTION
-    default: return false;
-  }
-}
-
-// One of the two values is the option's, by `logit_option_is_whole`.
+// One of the two values is the option's, by `is_whole`.
 DPO_FAST_HD void set_logit_option(Rows& rows, int option, int64_t whole, double number) {
   switch (option) {
 #define DPO_FAST_OPTION(name, is_whole, place) \
@@ -155,7 +150,7 @@ DPO_FAST_HD int64_t row_offset(int64_t row, int64_t rows_per_seq, int64_t seq_st
 // Whether a statistic is asked for that takes more of a RowPart than shift and sum.
 DPO_FAST_HD bool wants_extras(const TokenArrays& out) {
   for (int i = 0; i < kStatistics; ++i)
-    if (out.statistics[i] && statistic_takes_extras(i)) return true;
+    if (out.statistics[i] && statistic_traits(i).takes_extras) return true;
   return false;
 }
 

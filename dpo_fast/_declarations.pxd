@@ -9,10 +9,16 @@ cdef extern from "sequence_math.h" namespace "dpo_fast" nogil:
     const int kDivergences, kLogitOptions, kFloat64
     const int kStatistic_entropy, kStatistic_log_sum_sq_probs
 
-    const char* logit_option_name(int)
-    bint logit_option_is_whole(int)
-    const char* statistic_name(int)
-    bint statistic_has_gradient(int)
+    cdef struct LogitOptionTraits:
+        const char* name
+        bint is_whole
+
+    cdef struct StatisticTraits:
+        const char* name
+        bint has_gradient
+
+    LogitOptionTraits logit_option_traits(int)
+    StatisticTraits statistic_traits(int)
     const char* loss_parameter_name(int)
     const char* pair_number_name(int)
     const char* loss_name(int)

@@ -48,7 +48,7 @@ cdef Rows parse_rows(object arguments) except *:
     if len(each) != kLogitOptions:
         raise ValueError(f"logits have {kLogitOptions} options, {list(logit_options())}, found {len(each)}")
     for i in range(kLogitOptions):
-        if logit_option_is_whole(i):
+        if logit_option_traits(i).is_whole:
             set_logit_option(rows, i, each[i], 0)
         else:
             set_logit_option(rows, i, 0, each[i])
@@ -144,7 +144,7 @@ cdef TokenArrays parse_tokens(const Rows* rows, object logps, object stats, obje
         raise ValueError(f"a token has {kStatistics} statistics, {list(token_statistics())}, found {len(each)}")
     for i in range(kStatistics):
         if each[i] is not None:
-            out.statistics[i] = <void*>optional(each[i], rows.n_rows, statistic_name(i).decode())
+            out.statistics[i] = <void*>optional(each[i], rows.n_rows, statistic_traits(i).name.decode())
     return out
 
 
@@ -184,9 +184,10 @@ cdef Grads parse_grads(object arguments, const Rows* rows, int64_t n_seqs, int64
         raise ValueError(f"a token has {kStatistics} statistics, {list(token_statistics())}, found {len(each)}")
     for i in range(len(each)):
         if each[i] is not None:
-            if not statistic_has_gradient(i):
-                raise ValueError(f"{statistic_name(i).decode()} has no gradient")
-            grads.statistics[i] = <const void*>optional(each[i], rows.n_rows, "grad_" + statistic_name(i).decode())
+            if not statistic_traits(i).has_gradient:
+                raise ValueError(f"{statistic_traits(i).name.decode()} has no gradient")
+            name = "grad_" + statistic_traits(i).name.decode()
+            grads.statistics[i] = <const void*>optional(each[i], rows.n_rows, name)
     grads.seq_logps = <const void*>optional(seq_logps, n_seqs, "grad_seq_logps")
     grads.loss = <const void*>optional(loss, 1, "grad_loss")
     grads.losses = <const void*>optional(losses, n_pairs, "grad_losses")
@@ -202,17 +203,17 @@ cdef GradTensor parse_out(object arguments, const Rows* rows) except *:
 
 def logit_options():
     """Names of the options of the logits, in their order: DPO_FAST_LOGIT_OPTIONS in csrc/sequence_math.h."""
-    return tuple([logit_option_name(i).decode() for i in range(kLogitOptions)])
+    return tuple([logit_option_traits(i).name.decode() for i in range(kLogitOptions)])
 
 
 def token_statistics():
     """Names of the per-token statistics, in their order: DPO_FAST_STATISTICS in csrc/row_math.h."""
-    return tuple([statistic_name(i).decode() for i in range(kStatistics)])
+    return tuple([statistic_traits(i).name.decode() for i in range(kStatistics)])
 
 
 def differentiable_statistics():
     """Those of them that have a gradient."""
-    return tuple([statistic_name(i).decode() for i in range(kStatistics) if statistic_has_gradient(i)])
+    return tuple([statistic_traits(i).name.decode() for i in range(kStatistics) if statistic_traits(i).has_gradient])
 
 
 def loss_parameters():

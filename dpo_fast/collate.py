@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_fast._checks import integer
+from dpo_fast._packing.dense import dense_mask
+from dpo_fast._packing.layout import layout_of_spans
 from dpo_fast._torch.checks import check_device, plain_tensors
 
 Example = Mapping[str, Any]
@@ -229,13 +232,8 @@ def packed_batch(
         "pairs": torch.tensor([[place[c], place[d]] for c, d in pairs]),
     }
     if share_prompts and mask == "dense":
-        N = len(input_ids)
-        visible = torch.zeros(N, N, dtype=torch.bool)
-        for (start, end, own_start), stop in zip(spans, bounds[1:], strict=True):
-            visible[start:end, start:end] = True
-            visible[own_start:stop, start:end] = True
-            visible[own_start:stop, own_start:stop] = True
-        batch["attention_mask"] = visible.tril()[None, None]
+        layout = layout_of_spans(np.array(spans), np.array(bounds), np.array(positions))
+        batch["attention_mask"] = dense_mask(layout, None, batch["spans"].device)
     return batch
 
 

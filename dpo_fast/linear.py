@@ -318,7 +318,7 @@ def _level_by_level(
         n_pairs = sums.shape[0] // 2 if pairs is None else pairs.shape[0]
         each = wpo_weights(tokens["logps"].detach(), tokens["log_sum_sq_probs"], kept, seqs.cu_seqlens)
         chosen, rejected = sides(each, n_pairs, pairs)
-        weights, given = chosen * rejected, choice.numbers.pair_weights
+        weights, given = chosen * rejected, choice.operand.numbers.pair_weights
         if given is not None:  # a weight of 0 also against NaN
             weights = torch.where(given == 0, torch.zeros_like(weights), weights * given)
         operand = operand._replace(numbers=operand.numbers._replace(pair_weights=weights))
@@ -395,7 +395,7 @@ def linear_dpo_loss(
     )  # fmt: skip
     loss, seqs = choice.loss, Sequences(cu_seqlens, choice.loss.options.average)
     rows = Rows(targets, None, token_weights, logit_options)
-    if loss.unpaired or desirable is not None or ld_alpha is not None or choice.numbers.pair_beta is not None:
+    if loss.unpaired or desirable is not None or ld_alpha is not None or choice.operand.numbers.pair_beta is not None:
         n_seqs = check_sequences(hidden, rows, seqs, "hidden")
         choice, pairs = with_pairs(choice, n_seqs, pairs, desirable, hidden)
     looks_at_all = wpo or bool(outputs) or loss.z_loss_weight > 0

@@ -126,7 +126,7 @@ def dpo_loss(
     )  # fmt: skip
     loss, seqs = choice.loss, Sequences(cu_seqlens, choice.loss.options.average)
     rows = Rows(targets, None, token_weights, logit_options)
-    if loss.unpaired or desirable is not None or ld_alpha is not None or choice.numbers.pair_beta is not None:
+    if loss.unpaired or desirable is not None or ld_alpha is not None or choice.operand.numbers.pair_beta is not None:
         check_rows(logits, rows)
         n_seqs = check_sequences(logits, rows, seqs)
         choice, pairs = with_pairs(choice, n_seqs, pairs, desirable, logits)

@@ -30,18 +30,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from language_model import (
-    NEEDED_FOR_GGUF,
     HelpFormatter,
     add_common_arguments,
     autocast,
-    check_packages,
-    find_device,
-    find_model,
+    check_inputs,
     load_model,
     model_name,
     positive,
+    reporter,
 )
-from preference_data import DemoError, Example, choose_pairs, read_preferences
+from preference_data import DemoError, Example, choose_pairs
 from torch import Tensor
 
 import dpo_fast
@@ -345,20 +343,8 @@ def measure(columns: dict[str, Column], task: Task, n_steps: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, trains in every way, compares and reports; returns the exit status."""
-    started = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
-
-    # first everything that can be wrong, then what takes minutes
-    folder, gguf_file = find_model(args.model)
-    check_packages(NEEDED_PACKAGES + (NEEDED_FOR_GGUF if gguf_file else ()))
-    records = read_preferences(args.data)
-    device = find_device(args.device)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--output {args.output}: the folder cannot be made ({error.strerror})") from None
+    say = reporter()
+    folder, gguf_file, records, device = check_inputs(args, NEEDED_PACKAGES)
     import demo_report
 
     name = model_name(folder, gguf_file)

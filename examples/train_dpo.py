@@ -22,20 +22,19 @@ from typing import Any
 
 import torch
 from language_model import (
-    NEEDED_FOR_GGUF,
     HelpFormatter,
     add_common_arguments,
     autocast,
+    check_inputs,
     check_packages,
-    find_device,
-    find_model,
     load_model,
     model_name,
     not_negative,
     positive,
+    reporter,
     share,
 )
-from preference_data import DemoError, Example, choose_pairs, read_preferences
+from preference_data import DemoError, Example, choose_pairs
 from torch import Tensor
 from training_plot import draw
 from training_state import CHECKPOINT, Log, load_checkpoint, save_checkpoint
@@ -250,21 +249,9 @@ def references(model: Any, examples: list[Example], device: torch.device, args: 
 
 def run(args: argparse.Namespace) -> None:
     """Loads, scores, trains, evaluates and saves."""
-    started = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
-
-    folder, gguf_file = find_model(args.model)
-    check_packages(
-        ("transformers", "jinja2", "matplotlib", "safetensors", "tqdm", *(NEEDED_FOR_GGUF if gguf_file else ()))
-    )
-    records = read_preferences(args.data)
-    device = find_device(args.device)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--output {args.output}: the folder cannot be made ({error.strerror})") from None
+    say = reporter()
+    packages = ("transformers", "jinja2", "matplotlib", "safetensors", "tqdm")
+    folder, gguf_file, records, device = check_inputs(args, packages)
     if not args.resume and (args.output / CHECKPOINT).exists():
         raise DemoError(f"--output {args.output} holds a run: go on with --resume, or give another folder")
 

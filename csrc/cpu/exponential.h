@@ -56,12 +56,9 @@ DPO_FAST_INLINE VecF scaled_or_zero(VecF p, VecF n, VecF y, VecF d, VecF low) {
 #endif
 }
 
-// exp(d) for d <= 80, 0 below kExpLow, NaN for NaN.
-//
-// exp(d) = 2^n e^r, n = round(d / ln 2), |r| <= ln 2 / 2. Adding 1.5 * 2^23 + 127 rounds to an integer and leaves the
-// biased exponent of 2^n in the low bits. The polynomials are minimax fits of e^r - 1 - r in relative error, found by
-// Remez exchange: 3.1e-9 (degree 6) and 5.4e-6 (degree 4: kShort, for half-precision logits, whose own rounding is
-// 2^-9 or 2^-12). Without FMA, n * ln 2 is taken off in two steps, the first exact.
+// exp(d) for d <= 80, 0 below kExpLow, NaN for NaN. The polynomials fit e^r - 1 - r in relative error: 3.1e-9 (degree
+// 6) and 5.4e-6 (degree 4: kShort, for half-precision logits, whose own rounding is 2^-9 or 2^-12). Without FMA,
+// n * ln 2 is taken off in two steps, the first exact.
 template <bool kShort>
 DPO_FAST_INLINE VecF exponential(VecF d) {
   const float kMagic = 12582912.0f + 127.0f;
@@ -106,10 +103,9 @@ struct Exp {
 
 // With AVX2 the arithmetic takes longer than the memory, so every instruction counts:
 // - The shift is taken off n, as an integer, and is a multiple of ln 2 therefore: no subtraction from x.
-// - The polynomial is multiplied by kUnit, which makes its leading coefficient 1 and its first step an addition: degree
-// 6
-//   with 1 / 1024 (relative error 2.8e-8), or, for half-precision logits, degree 2 with 1 / 2 (3.5e-6) on steps of
-//   ln 2 / 8, with 2^(i / 8) from a table of 8.
+// - The polynomial is multiplied by kUnit, which makes its leading coefficient 1 and its first step an addition:
+//   degree 6 with 1 / 1024 (relative error 2.8e-8), or, for half-precision logits, degree 2 with 1 / 2 (3.5e-6) on
+//   steps of ln 2 / 8, with 2^(i / 8) from a table of 8.
 // - Logits are bounded below by `low`, where 2^n becomes 0: no mask.
 // - Only n is that of the bounded logit. So e^r may be infinite, and the value NaN in place of 0, below some -1e6:
 //   without kCareful such a logit, minus infinity for one, makes the sum NaN.

@@ -18,7 +18,6 @@ from dpo_fast._loss.options import (
     Given,
     Loss,
     LossType,
-    PairNumbers,
     choose_loss,
     split_pair_numbers,
 )
@@ -40,13 +39,12 @@ class Choice(NamedTuple):
     """A loss, and what is one number for each of its pairs."""
 
     loss: Loss
-    numbers: PairNumbers
-    default_pairs: Pairs  # with these numbers
+    operand: Pairs  # with the default pairs
     reduction: str
 
     def pairs(self, pairs: Tensor | None) -> Pairs:
         """As the operators take them."""
-        return self.default_pairs if pairs is None else self.default_pairs._replace(pairs=pairs)
+        return self.operand if pairs is None else self.operand._replace(pairs=pairs)
 
 
 def choose(
@@ -90,7 +88,7 @@ def choose(
     given = Given.of(reference, baseline, token_weights, numbers)
     loss = choose_loss(*names, beta=beta, reduction=reduction, given=given, **options)
     pairs = Pairs(None, numbers, _baseline_tensor(baseline, like), loss.options, loss.divisor)
-    return Choice(loss, numbers, pairs, reduction)
+    return Choice(loss, pairs, reduction)
 
 
 @functools.lru_cache(maxsize=64, typed=True)
@@ -101,7 +99,7 @@ def _remembered_choice(
     given = Given(with_reference, False, with_token_weights)
     loss = choose_loss(*names, beta=beta, reduction=reduction, given=given)
     pairs = Pairs(None, NO_NUMBERS, None, loss.options, loss.divisor)
-    return Choice(loss, NO_NUMBERS, pairs, reduction)
+    return Choice(loss, pairs, reduction)
 
 
 def _baseline_tensor(value: float | Tensor | None, like: Tensor) -> Tensor | None:
@@ -126,15 +124,15 @@ def with_pairs(
     Raises:
         ValueError: `pairs` for a loss of single completions, `desirable` for one of pairs, or of another shape.
     """
-    loss, beta = choice.loss, choice.numbers.pair_beta
+    loss, beta = choice.loss, choice.operand.numbers.pair_beta
     if loss.unpaired or desirable is not None:
         pairs = _single_completions(loss, n_seqs, pairs, desirable, like.device)
     if pairs is not None:
         check_device("pairs", pairs, like, "logits, hidden or logps")
     if beta is not None and beta.dim() == 0:
         n_pairs = check_pair_tensor(pairs, like, n_seqs, loss.num_pairs is not None)
-        numbers = choice.numbers._replace(pair_beta=beta.expand(n_pairs))
-        choice = choice._replace(numbers=numbers, default_pairs=choice.default_pairs._replace(numbers=numbers))
+        numbers = choice.operand.numbers._replace(pair_beta=beta.expand(n_pairs))
+        choice = choice._replace(operand=choice.operand._replace(numbers=numbers))
     return choice, pairs
 
 
@@ -188,7 +186,7 @@ def _replaced(out: DPOOutput, **changes: Any) -> DPOOutput:
 def output(found: Sequence[Tensor], choice: Choice, pairs: Tensor | None) -> DPOOutput:
     """The results of an autograd function: loss, losses, log-probs, rewards."""
     loss, losses, logps, chosen_rewards, rejected_rewards = found[:5]
-    weights = choice.numbers.pair_weights
+    weights = choice.operand.numbers.pair_weights
     return DPOOutput(
         loss, losses, chosen_rewards, rejected_rewards, logps, pairs, choice.loss.unpaired, None, None, weights
     )
@@ -196,7 +194,7 @@ def output(found: Sequence[Tensor], choice: Choice, pairs: Tensor | None) -> DPO
 
 def reduced(out: DPOOutput, choice: Choice, ref_logps: Tensor | None) -> DPOOutput:
     """Adds the terms that couple the batch, and reduces anew."""
-    loss, n_pairs, weights = choice.loss, out.losses.shape[0], choice.numbers.pair_weights
+    loss, n_pairs, weights = choice.loss, out.losses.shape[0], choice.operand.numbers.pair_weights
     if n_pairs == 0 and loss.num_pairs is None:
         _checks.pair_count(out.logps.shape[0], (0, 2))
     if loss.coupled:
@@ -216,7 +214,7 @@ def with_z_loss(
 ) -> DPOOutput:
     """Adds z_loss_weight times the mean of lse^2, as though to each pair's loss; lse: like targets, differentiable."""
     loss, n_pairs = choice.loss, out.losses.shape[0]
-    live = live_rows(targets, kept, seqs.cu_seqlens, out.pairs, choice.numbers.pair_weights)
+    live = live_rows(targets, kept, seqs.cu_seqlens, out.pairs, choice.operand.numbers.pair_weights)
     accurate = accurate_type(lse.device)
     squares = torch.where(live, lse, torch.zeros_like(lse)).to(accurate).square().sum()
     mean = squares / live.sum().clamp(min=1)

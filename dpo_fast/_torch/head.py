@@ -51,6 +51,11 @@ def range_scale(grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | 
     return torch.where((largest > 0) & torch.isfinite(largest), scale, torch.ones_like(scale))
 
 
+def early_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of gradients made before the incoming gradient is known: float16 waits for its loss scale."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def trimmed(head: Head, options: LogitOptions) -> Head:
     """The head without its padding."""
     vocab = vocab_size(head.weight.shape[0], options)
@@ -103,9 +108,14 @@ class HeadSums:
         self.add_to_hidden(dz, hidden, rows, scale)
         self.add_to_weight(dz, hidden, rows, scale)
 
-    def add_to_hidden(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice, scale: Tensor | float) -> None:
-        """Adds to the gradients that come by way of the hidden states: theirs, and LoRA's A's."""
-        head = self.head
+    def add_to_hidden(
+        self, dz: Tensor, hidden: Tensor, rows: Tensor | slice, scale: Tensor | float, head: Head | None = None
+    ) -> None:
+        """Adds to the gradients that come by way of the hidden states: theirs, and LoRA's A's.
+
+        head: the columns that dz has; None: all.
+        """
+        head = self.head if head is None else head
         grad = None if self.hidden is None else _scaled(_product(dz, head.weight), scale)
         if head.lora_a is not None and head.lora_b is not None and (self.needs["lora_a"] or grad is not None):
             du = _scaled(_product(dz, head.lora_b), scale * head.lora_scaling)
@@ -136,9 +146,7 @@ class HeadSums:
         bias, lora_b = (None if t is None else t[columns] for t in (whole.bias, whole.lora_b))
         part = whole._replace(weight=whole.weight[columns], bias=bias, lora_b=lora_b)
         if kind == "hidden":
-            self.head = part
-            self.add_to_hidden(dz, hidden, rows, scale)
-            self.head = whole
+            self.add_to_hidden(dz, hidden, rows, scale, part)
             return
         found = HeadSums(part, hidden, (False, *[self.needs[name] for name in HEAD_INPUTS[1:]]), 1, self.dtype)
         found.add_to_weight(dz, hidden, rows, scale)

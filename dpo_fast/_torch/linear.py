@@ -18,7 +18,7 @@ from torch import Tensor
 from dpo_fast._checks import STATISTIC_BITS, named_statistics, only_statistic
 from dpo_fast._loss.options import LossOptions, PairNumbers, tokens_per_pair
 from dpo_fast._torch import shapes
-from dpo_fast._torch.head import HeadSums, head_logits, range_scale, trimmed
+from dpo_fast._torch.head import HeadSums, early_type, head_logits, range_scale, trimmed
 from dpo_fast._torch.operators import (
     PREFERENCE_BACKWARD,
     PREFERENCE_FORWARD,
@@ -326,8 +326,7 @@ def linear_dpo_forward(hidden: Tensor, arguments: LinearDPOForward) -> LinearDPO
     n_tiles = sum(
         math.ceil(size / batch.fit) for (_, pairs), size in zip(batch.groups, batch.sizes, strict=True) if pairs
     )
-    early_type = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype  # as allocated
-    sums = HeadSums(head, x, needs, n_tiles, early_type)
+    sums = HeadSums(head, x, needs, n_tiles, early_type(hidden.dtype))
     squares = torch.zeros((), dtype=torch.float64, device=hidden.device)
     skipped = Skipped(head, hidden)
     for group, size in zip(batch.groups, batch.sizes, strict=True):

@@ -35,6 +35,7 @@ from dpo_fast._torch.sequences import (
     accurate_type,
     check_pair_numbers,
     count_targets,
+    counted_rows,
     kept_rows,
     refuse_bad_rows,
     spread_to_rows,
@@ -66,13 +67,8 @@ def _targets(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """
     if os.environ.get("DPO_FAST_CHECK") == "1":
         refuse_bad_rows(logits, rows)
-    targets, weights = rows.targets, rows.token_weights
-    index = targets.long() if targets.dim() == logits.dim() else targets.long().unsqueeze(-1)
-    kept = kept_rows(index, rows.options.ignore_index, None).all(-1)
-    if rows.row_mask is not None:
-        kept = kept & (rows.row_mask != 0)
-    if weights is not None:
-        kept = kept & (weights != 0)
+    targets, kept = rows.targets.long(), counted_rows(logits, rows)
+    index = targets if targets.dim() == logits.dim() else targets.unsqueeze(-1)
     vocab = vocab_size(logits.shape[-1], rows.options)
     return index, kept, kept.unsqueeze(-1) & ((index < 0) | (index >= vocab))
 

@@ -80,6 +80,15 @@ def looks_at_values(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and _HAS_CUDA_KERNELS) or os.environ.get("DPO_FAST_CHECK") == "1"
 
 
+def counted_rows(logits: Tensor, rows: Rows) -> Tensor:
+    """Which rows of logits count, [S, T] or [N]: no target of theirs is ignored, and neither mask nor weight is 0."""
+    kept = kept_rows(rows.targets.long(), rows.options.ignore_index, None)  # narrow types would wrap ignore_index
+    kept = kept.all(-1) if rows.targets.dim() == logits.dim() else kept
+    for mask in (rows.row_mask, rows.token_weights):
+        kept = kept if mask is None else kept & (mask != 0)
+    return kept
+
+
 def refuse_bad_targets(targets: Tensor, kept: Tensor, vocab: int) -> None:
     """Raises IndexError for a target outside [0, vocab) of a row that counts; looks at values."""
     bad = kept & ((targets < 0) | (targets >= vocab))
@@ -92,14 +101,9 @@ def refuse_bad_targets(targets: Tensor, kept: Tensor, vocab: int) -> None:
 
 def refuse_bad_rows(logits: Tensor, rows: Rows) -> None:
     """The same for checked rows of logits."""
-    targets, row_mask, weights, options = rows
-    several = (1,) * (targets.dim() - logits.dim() + 1)  # one target of a row that is ignored drops all of them
-    kept = kept_rows(targets, options.ignore_index, None)
-    kept = kept.all(-1, keepdim=True) if several else kept
-    for mask in (row_mask, weights):
-        if mask is not None:
-            kept = kept & (mask != 0).view(mask.shape + several)
-    refuse_bad_targets(targets, kept, vocab_size(logits.shape[-1], options))
+    kept = counted_rows(logits, rows)
+    kept = kept.unsqueeze(-1) if rows.targets.dim() == logits.dim() else kept
+    refuse_bad_targets(rows.targets, kept, vocab_size(logits.shape[-1], rows.options))
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n_rows: int) -> list[int]:

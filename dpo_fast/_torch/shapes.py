@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_fast._checks import named_statistics
 from dpo_fast._native import has_cuda_kernels
 from dpo_fast._torch import checks
-from dpo_fast._torch.head import trimmed
+from dpo_fast._torch.head import early_type, trimmed
 from dpo_fast._torch.operators import (
     PLAIN,
     DPOForward,
@@ -169,9 +169,9 @@ def preference_backward(logps: Tensor, a: PreferenceBackward) -> Tensor:
 
 def linear_token_forward(hidden: Tensor, a: LinearTokenForward) -> LinearTokenResult:
     checks.check_head(hidden, a.head, a.tokens.rows)
-    rows, buffer = a.tokens.rows, None
-    kinds = _token_kinds(hidden, rows.targets, a.tokens.wanted, True)
-    logps, stats, *statistics = [torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in kinds]  # type: ignore[misc]
+    (rows, wanted, _), buffer = a.tokens, None
+    key = (4, hidden.dtype, rows.targets.shape, wanted)
+    logps, stats, *statistics = _allocate(hidden, key, lambda: _token_kinds(hidden, rows.targets, wanted, True))
     if a.tokens.keep:  # as many logits as the budget allows, whichever rows count
         vocab = trimmed(a.head, rows.options).weight.shape[0]
         plan = plan_rows(rows.targets.numel(), vocab, hidden.dtype.itemsize, a.head.budget, True)
@@ -203,7 +203,5 @@ def _skipped(hidden: Tensor, head: Head) -> Tensor | None:
 
 def linear_dpo_forward(hidden: Tensor, a: LinearDPOForward) -> LinearDPOResult:
     checks.check_head(hidden, a.head, a.dpo.rows)
-    # gradients made before the incoming gradient is known: float16 waits for its loss scale
-    early_type = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
-    grads, skipped = _head_gradients(hidden, a, early_type), _skipped(hidden, a.head)
+    grads, skipped = _head_gradients(hidden, a, early_type(hidden.dtype)), _skipped(hidden, a.head)
     return LinearDPOResult(_dpo_results(hidden, a.dpo, "hidden", True), grads, skipped)

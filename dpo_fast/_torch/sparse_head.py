@@ -22,7 +22,7 @@ from dpo_fast._arguments import KernelSelected, KernelSparse
 from dpo_fast._torch.addresses import Addresses
 from dpo_fast._torch.checks import LOGIT_TYPES
 from dpo_fast._torch.head import HeadSums
-from dpo_fast._torch.operators import Grads, Head, Rows
+from dpo_fast._torch.operators import HEAD_INPUTS, Grads, Head, Rows
 from dpo_fast._torch.plain import CHUNK_LOGITS, transform
 from dpo_fast._torch.sequences import accurate_type
 
@@ -65,7 +65,7 @@ def allowance(head: Head, needs: tuple[bool, ...], grad: Grads, counted: Tensor 
     exact = g is None or g.dtype is torch.float64 or any(each is not None for each in grad.statistics)
     if exact or g is None or max(head.hidden_tolerance, head.weight_tolerance) < LEAST_TOLERANCE:
         return None
-    wanted = dict(zip(("hidden", "weight", "bias", "lora_a", "lora_b"), needs, strict=True))
+    wanted = dict(zip(HEAD_INPUTS, needs, strict=True))
     masses = [
         _masses(g, tolerance, counted) if tolerance >= LEAST_TOLERANCE and any(wanted[name] for name in names) else None
         for tolerance, names in zip((head.hidden_tolerance, head.weight_tolerance), KINDS.values(), strict=True)
@@ -128,6 +128,12 @@ class Tile(NamedTuple):
     stats: Tensor  # [R, 2]
     grad: Tensor  # [R], of the log-probs
     scale: Tensor | None  # of dense gradients in float16
+
+    def of(self, part: Tensor | slice) -> Tile:
+        """Some rows of it."""
+        z, hidden, numbers, rows, logps, stats, grad, scale = self
+        rows = rows._replace(targets=rows.targets[part])
+        return Tile(z[part], hidden[part], numbers[part], rows, logps[part], stats[part], grad[part], scale)
 
 
 def add_tile(sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: Any) -> Tensor | None:
@@ -234,12 +240,8 @@ def _select(tile: Tile, allowed: Tensor, dense_from: float) -> tuple[Selected, i
     return None if found < 0 else (selected, found)
 
 
-def _add_sparse(sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: Any) -> Tensor | None:
-    return _add_sparse_rows(sums, tile, allowed, logits_gradient, DENSE_FROM)
-
-
-def _add_sparse_rows(
-    sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: Any, dense_from: float
+def _add_sparse(
+    sums: HeadSums, tile: Tile, allowed: Allowance, logits_gradient: Any, dense_from: float = DENSE_FROM
 ) -> Tensor | None:
     given = {kind: each for kind, each in zip(KINDS, allowed, strict=True) if each is not None}
     # the stricter kind first: a row that it leaves dense is dense for both, and no other is
@@ -268,16 +270,7 @@ def _add_sparse_rows(
         and len(chosen) == len(given) == _kinds_needed(sums)
         and dense_from < GATHER_BELOW
     ):
-        few = tile._replace(
-            z=tile.z[dense],
-            hidden=tile.hidden[dense],
-            numbers=tile.numbers[dense],
-            rows=tile.rows._replace(targets=tile.rows.targets[dense]),
-            logps=tile.logps[dense],
-            stats=tile.stats[dense],
-            grad=tile.grad[dense],
-        )
-        of_few = _add_sparse_rows(sums, few, allowed.of(dense), logits_gradient, GATHER_BELOW)
+        of_few = _add_sparse(sums, tile.of(dense), allowed.of(dense), logits_gradient, GATHER_BELOW)
         if of_few is not None:
             return left_out + of_few
     _add_dense_rows(sums, tile, dense, [kind for kind in KINDS if kind not in chosen], logits_gradient)
